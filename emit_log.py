@@ -1,0 +1,138 @@
+"""Emit a log message to every running copy of receive_logs.py.
+
+example:
+  python emit_log.py "disk almost full"
+
+The broker is --url, else the environment variable AMQP_URL, else
+amqp://guest:guest@localhost/ (amqp://user:password@host:port/vhost).
+TLS: amqps://host/vhost, with ?cafile=ca.pem for a private authority.
+Put -- before a message that begins with a dash.
+
+exit status: 0 sent and confirmed by the broker, 1 not, 2 wrong usage
+"""
+
+import argparse
+import asyncio
+import io
+import logging
+import os
+import socket
+import ssl
+import sys
+from urllib.parse import urlsplit
+
+from aio_pika import ExchangeType, Message, connect, exceptions
+
+TIMEOUT = 10  # seconds, for the whole conversation with the broker
+
+
+async def emit_log(url: str, body: bytes) -> bool:
+    """Publish one message and return whether a queue was there to receive it.
+
+    Returns only after RabbitMQ's publisher confirm, which aio-pika waits for.
+    Raises one of aio-pika's CONNECTION_EXCEPTIONS if it does not come.
+    """
+    connection = await connect(url)
+
+    channel = await connection.channel(on_return_raises=True)
+
+    logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
+
+    message = Message(body)
+
+    try:
+        await logs_exchange.publish(message, routing_key="")
+        received = True
+    except exceptions.PublishError:  # returned: aio-pika publishes as mandatory
+        received = False
+
+    # Confirmed is confirmed, even if the goodbye now fails or drags on.
+    await asyncio.wait({asyncio.create_task(connection.close())}, timeout=1)
+    return received
+
+
+async def emit_log_in_time(url: str, body: bytes) -> bool:
+    """Do as emit_log(), but raise TimeoutError after TIMEOUT seconds."""
+    # Shielded: to cancel is to wait for a broker that may have stopped reading.
+    return await asyncio.wait_for(asyncio.shield(emit_log(url, body)), TIMEOUT)
+
+
+def explain(error: BaseException, url: str) -> str:
+    """Say in one plain line, without the password, what went wrong with the broker."""
+    parts = urlsplit(url)
+    broker = f"{parts.hostname}:{parts.port or (5671 if parts.scheme == 'amqps' else 5672)}"
+    match error:
+        case TimeoutError():
+            return (
+                f"no answer from {broker} within {TIMEOUT} s: it is not RabbitMQ, "
+                "or it blocks publishers (memory or disk alarm)"
+            )
+        case exceptions.InvalidFrameError():  # aiormq's word for a refused vhost
+            return f"{broker} has no vhost {parts.path[1:] or '/'}, or not for this user"
+        case exceptions.AMQPConnectionError(__cause__=socket.gaierror()):
+            return f"unknown host {parts.hostname}"
+        case exceptions.AMQPConnectionError(__cause__=ssl.SSLError() as tls):
+            return f"TLS with {broker} failed: {getattr(tls, 'verify_message', tls.reason)}"
+        case exceptions.AMQPConnectionError(__cause__=OSError(errno=number)):
+            reason = os.strerror(number) if number else "no answer at any of its addresses"
+            return f"cannot connect to {broker}: {reason}. Is RabbitMQ running there?"
+        case exceptions.AMQPError(args=[*_, str(reason)]):  # in the broker's own words
+            return f"{broker}: {reason}"
+        case OSError():  # aio-pika wraps all the others
+            return f"cannot use the certificates that the URL names: {error.args[-1]}"
+    return f"lost the connection to {broker}"
+
+
+def printable(body: bytes) -> str:
+    """Decode UTF-8; escape all else, and what does more to a terminal than show."""
+    text = body.decode(errors="backslashreplace")
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in "\t\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def fail(reason: str) -> int:
+    """Tell the user on stderr and return the exit status for it."""
+    print(f"emit_log.py: {reason}", file=sys.stderr)
+    return 1
+
+
+def main() -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("message", nargs="*", help="the words of it; none: Hello World!")
+    parser.add_argument("--url", default=os.getenv("AMQP_URL", "amqp://guest:guest@localhost/"))
+    args = parser.parse_args()
+    body = os.fsencode(" ".join(args.message) if any(args.message) else "Hello World!")
+
+    logging.disable()  # aio-pika also logs what is told here, with tracebacks
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+    try:
+        if urlsplit(args.url).scheme not in ("amqp", "amqps") or not urlsplit(args.url).hostname:
+            raise ValueError
+        received = asyncio.Runner().run(emit_log_in_time(args.url, body))
+    except ValueError:
+        return fail("the URL has to look like amqp://user:password@host:port/vhost")
+    except KeyboardInterrupt:
+        return 130
+    except (*exceptions.CONNECTION_EXCEPTIONS, asyncio.CancelledError) as error:
+        return fail(explain(error, args.url))
+
+    try:
+        print(f" [x] Sent {printable(body)}", flush=True)
+    except OSError as error:
+        return fail(f"sent, but stdout failed: {error.strerror}")
+    if not received:
+        fail("no receiver is listening, so the broker discarded the message")
+    return 0
+
+
+if __name__ == "__main__":
+    # Not sys.exit, which waits for whatever a broker or a full disk still holds up.
+    os._exit(main())

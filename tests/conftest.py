@@ -1,0 +1,88 @@
+"""A private RabbitMQ node for the whole run, with a TLS listener, and the scripts on it."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pika
+import pytest
+import trustme
+from pika.adapters.blocking_connection import BlockingChannel
+from port_for import get_port
+from pytest_rabbitmq.factories.executor import RabbitMqExecutor
+from scripts import Pair
+
+# Started from a background job, this process ignores SIGINT, and what it starts would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Stop at once, in one line, where there is no RabbitMQ to test against."""
+    server = config.getoption("rabbitmq_server") or config.getini("rabbitmq_server")
+    if not Path(server).exists():
+        pytest.exit(
+            f"RabbitMQ is not installed: there is no {server} (Debian, Ubuntu: apt-get install "
+            "rabbitmq-server; elsewhere: pass --rabbitmq-server and --rabbitmq-ctl)",
+            returncode=1,
+        )
+
+
+@dataclass
+class Tls:
+    """The node's TLS listener, whose certificate is for localhost only."""
+
+    port: int
+    cafile: Path
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
+    """Configure a TLS listener, before the node starts."""
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    certificate.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    certificate.private_key_pem.write_to_path(folder / "key.pem")
+    port = get_port(None)
+    assert port
+    (folder / "rabbitmq.conf").write_text(
+        f"listeners.ssl.default = {port}\n"
+        f"ssl_options.cacertfile = {folder}/ca.pem\n"
+        f"ssl_options.certfile = {folder}/cert.pem\n"
+        f"ssl_options.keyfile = {folder}/key.pem\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "RABBITMQ_CONFIG_FILE", str(folder / "rabbitmq.conf"))
+        yield Tls(port, folder / "ca.pem")
+
+
+@pytest.fixture(scope="session")
+def broker(tls: Tls, request: pytest.FixtureRequest) -> RabbitMqExecutor:
+    """Return the running node."""
+    node = request.getfixturevalue("rabbitmq_proc")
+    assert isinstance(node, RabbitMqExecutor)
+    return node
+
+
+@pytest.fixture(scope="session")
+def url(broker: RabbitMqExecutor) -> str:
+    """Return the node's address."""
+    return f"amqp://localhost:{broker.port}/"
+
+
+@pytest.fixture
+def channel(url: str) -> Iterator[BlockingChannel]:
+    """Return a channel of pika's, the client that is not aio-pika."""
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        yield connection.channel()
+
+
+@pytest.fixture
+def pair(url: str, tmp_path: Path) -> Iterator[Pair]:
+    """Return the pair on the node; what a test starts ends with the test."""
+    with ExitStack() as running:
+        yield Pair(url, tmp_path, running)

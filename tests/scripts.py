@@ -1,0 +1,132 @@
+"""The two scripts, started as a user starts them, and conditions to wait for."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, TypeVar
+
+ROOT = Path(__file__).parent.parent
+EMIT_LOG = ROOT / "emit_log.py"
+RECEIVE_LOGS = ROOT / "receive_logs.py"
+WAITING = " [*] Waiting for logs. To exit press CTRL+C\n"
+
+T = TypeVar("T")
+
+
+def eventually(condition: Callable[[], T], seconds: float = 60) -> T:
+    """Return what `condition` returns as soon as that is true.
+
+    Raises AssertionError if it never is. The bound is only there to end a hopeless
+    wait, and far beyond what a busy machine needs.
+    """
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+def user_environment(**variables: str) -> dict[str, str]:
+    """Return the environment without what changes how the scripts behave."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "AMQP"))}
+    return ours | variables
+
+
+class Script:
+    """A running script whose stdout and stderr go to files, unless told otherwise.
+
+    A context manager: it is killed at the end if it still runs.
+    """
+
+    def __init__(
+        self,
+        script: Path,
+        folder: Path,
+        *arguments: str | bytes,
+        stdout: int | None = None,
+        **variables: str,
+    ) -> None:
+        number = len(list(folder.iterdir()))
+        self.out_path = folder / f"{number}.out"
+        self.err_path = folder / f"{number}.err"
+        with self.out_path.open("wb") as out, self.err_path.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, script, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out if stdout is None else stdout,
+                stderr=err,
+                env=user_environment(**variables),
+            )
+
+    @property
+    def out(self) -> bytes:
+        """Return what the script has printed on stdout so far."""
+        return self.out_path.read_bytes()
+
+    @property
+    def err(self) -> str:
+        """Return what the script has printed on stderr so far."""
+        return self.err_path.read_text()
+
+    def ended(self, seconds: float = 60) -> int:
+        """Wait for the end and return the exit status."""
+        return self.process.wait(seconds)
+
+    def waiting(self, times: int = 1) -> "Script":
+        """Wait until a receiver has subscribed that many times."""
+
+        def subscribed() -> bool:
+            assert self.process.poll() is None, f"ended: {self.err}"
+            return self.err.count(WAITING) == times
+
+        eventually(subscribed)
+        return self
+
+    def printed(self, out: bytes) -> None:
+        """Wait until stdout holds exactly `out`."""
+        try:
+            eventually(lambda: len(self.out) >= len(out))
+        finally:
+            assert self.out == out
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclass
+class Pair:
+    """Both scripts on one broker, with their output in one folder."""
+
+    url: str
+    folder: Path
+    running: ExitStack
+
+    def start(
+        self, script: Path, *arguments: str | bytes, stdout: int | None = None, **variables: str
+    ) -> Script:
+        """Start a script, to be killed with the ExitStack."""
+        variables = {"AMQP_URL": self.url} | variables
+        return self.running.enter_context(
+            Script(script, self.folder, *arguments, stdout=stdout, **variables)
+        )
+
+    def receive(
+        self, *arguments: str | bytes, stdout: int | None = None, **variables: str
+    ) -> Script:
+        """Start a receiver and wait until it is subscribed."""
+        return self.start(RECEIVE_LOGS, *arguments, stdout=stdout, **variables).waiting()
+
+    def emit(self, *arguments: str | bytes, stdout: int | None = None, **variables: str) -> Script:
+        """Run the emitter to its end."""
+        script = self.start(EMIT_LOG, *arguments, stdout=stdout, **variables)
+        script.ended()
+        return script
