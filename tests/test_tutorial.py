@@ -1,5 +1,6 @@
 """What the tutorial promises, and that the tutorial programs in other languages work with it."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pexpect
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
-from scripts import RECEIVE_LOGS, ROOT, WAITING, Pair, eventually, user_environment
+from scripts import EMIT_LOG, RECEIVE_LOGS, ROOT, WAITING, Pair, eventually, user_environment
 
 
 def test_every_receiver_prints_the_message(pair: Pair, broker: RabbitMqExecutor) -> None:
@@ -116,3 +117,11 @@ def test_help_fits_a_screen_and_has_an_example(script: str) -> None:
     page = subprocess.check_output(command, env=user_environment(COLUMNS="80"), text=True)
     assert len(page.splitlines()) <= 24
     assert f"\n  python {script}" in page
+
+
+def test_readme_shows_lines_of_the_scripts() -> None:
+    code = EMIT_LOG.read_text() + RECEIVE_LOGS.read_text()
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in shown for line in block.splitlines()]
+    assert lines
+    assert [line for line in lines if line not in code] == []
