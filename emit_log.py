@@ -16,9 +16,11 @@ import asyncio
 import io
 import logging
 import os
+import re
 import socket
 import ssl
 import sys
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from aio_pika import ExchangeType, Message, connect, exceptions
@@ -67,7 +69,7 @@ def explain(error: BaseException, url: str) -> str:
                 f"no answer from {broker} within {TIMEOUT} s: it is not RabbitMQ, "
                 "or it blocks publishers (memory or disk alarm)"
             )
-        case exceptions.InvalidFrameError():  # aiormq's word for a refused vhost
+        case exceptions.InvalidFrameError() if "OpenOk" in str(error):
             return f"{broker} has no vhost {parts.path[1:] or '/'}, or not for this user"
         case exceptions.AMQPConnectionError(__cause__=socket.gaierror()):
             return f"unknown host {parts.hostname}"
@@ -78,9 +80,9 @@ def explain(error: BaseException, url: str) -> str:
             return f"cannot connect to {broker}: {reason}. Is RabbitMQ running there?"
         case exceptions.AMQPError(args=[*_, str(reason)]):  # in the broker's own words
             return f"{broker}: {reason}"
-        case OSError():  # aio-pika wraps all the others
+        case FileNotFoundError() | IsADirectoryError() | PermissionError() | ssl.SSLError():
             return f"cannot use the certificates that the URL names: {error.args[-1]}"
-    return f"lost the connection to {broker}"
+    return f"lost the connection to {broker} before it confirmed the message"
 
 
 def printable(body: bytes) -> str:
@@ -88,15 +90,18 @@ def printable(body: bytes) -> str:
     text = body.decode(errors="backslashreplace")
     if text.isprintable():
         return text
-    return "".join(
-        c if c.isprintable() or c in "\t\n" else c.encode("unicode_escape").decode() for c in text
+    return re.sub(
+        r"[^\t\n -~]",
+        lambda c: c[0] if c[0].isprintable() else c[0].encode("unicode_escape").decode(),
+        text,
     )
 
 
-def fail(reason: str) -> int:
-    """Tell the user on stderr and return the exit status for it."""
-    print(f"emit_log.py: {reason}", file=sys.stderr)
-    return 1
+def tell(line: str) -> None:
+    """Print a line on stderr, if there is one to print on."""
+    with suppress(OSError):
+        if sys.stderr:
+            print(line, file=sys.stderr)
 
 
 def main() -> int:
@@ -116,23 +121,28 @@ def main() -> int:
     try:
         if urlsplit(args.url).scheme not in ("amqp", "amqps") or not urlsplit(args.url).hostname:
             raise ValueError
+        # Not asyncio.run: it ends by waiting for what a broker may hold up.
         received = asyncio.Runner().run(emit_log_in_time(args.url, body))
-    except ValueError:
-        return fail("the URL has to look like amqp://user:password@host:port/vhost")
     except KeyboardInterrupt:
         return 130
+    except ValueError:
+        tell("emit_log.py: the URL has to look like amqp://user:password@host:port/vhost")
+        return 1
     except (*exceptions.CONNECTION_EXCEPTIONS, asyncio.CancelledError) as error:
-        return fail(explain(error, args.url))
+        tell(f"emit_log.py: {explain(error, args.url)}")
+        return 1
 
     try:
         print(f" [x] Sent {printable(body)}", flush=True)
+    except BrokenPipeError:
+        pass  # it is sent, if nobody wants to read so
     except OSError as error:
-        return fail(f"sent, but stdout failed: {error.strerror}")
+        tell(f"emit_log.py: sent, but cannot write to stdout: {error.strerror}")
+        return 1
     if not received:
-        fail("no receiver is listening, so the broker discarded the message")
+        tell("emit_log.py: no receiver is listening, so the broker discarded the message")
     return 0
 
 
 if __name__ == "__main__":
-    # Not sys.exit, which waits for whatever a broker or a full disk still holds up.
-    os._exit(main())
+    os._exit(main())  # sys.exit would wait for the same, and flush a full disk again

@@ -20,6 +20,7 @@ import re
 import socket
 import ssl
 import sys
+from contextlib import suppress
 from typing import NoReturn
 from urllib.parse import urlsplit
 
@@ -27,16 +28,23 @@ from aio_pika import ExchangeType, connect, exceptions
 from aio_pika.abc import AbstractIncomingMessage
 
 TIMEOUT = 10  # seconds, from the connection to the consumer
-PREFETCH = 300  # messages that the broker may send ahead of our acknowledgements
+PREFETCH = 300  # messages that the broker sends ahead of what is printed
+
+REFUSALS = (  # by the broker: another try would not mend them
+    exceptions.AuthenticationError,
+    exceptions.ProbableAuthenticationError,
+    exceptions.InvalidFrameError,
+    exceptions.ChannelClosed,
+)
 
 Messages = asyncio.Queue[AbstractIncomingMessage | None]
 
 
 async def subscribe(url: str) -> None:
-    """Print the logs, from now until the connection, the channel or the queue is lost.
+    """Print the logs from now on; return when the connection or the queue is lost.
 
-    Raises TimeoutError or another of aio-pika's CONNECTION_EXCEPTIONS if it does
-    not get as far as that, and SystemExit if stdout fails.
+    Raises one of aio-pika's CONNECTION_EXCEPTIONS if the broker does not let it come
+    to that within TIMEOUT, and SystemExit if stdout fails.
     """
     messages: Messages = asyncio.Queue()
 
@@ -48,12 +56,12 @@ async def subscribe(url: str) -> None:
         channel.close_callbacks.add(end)
         (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(end)
 
-        # While stdout is stalled, the backlog stays at the broker.
+        # While stdout is stalled, the backlog is to stay at the broker.
         await channel.set_qos(prefetch_count=PREFETCH)
 
         logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
 
-        # With no name the server chooses one; exclusive, it dies with the connection.
+        # Without a name the server chooses one; exclusive, it dies with the connection.
         queue = await channel.declare_queue(exclusive=True)
 
         await queue.bind(logs_exchange, routing_key="")
@@ -61,74 +69,80 @@ async def subscribe(url: str) -> None:
         await queue.consume(messages.put)
 
         deadline.reschedule(None)
-        print(" [*] Waiting for logs. To exit press CTRL+C", file=sys.stderr)
+        tell(" [*] Waiting for logs. To exit press CTRL+C")
         await print_messages(messages)
 
 
 async def print_messages(messages: Messages) -> None:
-    """Print and acknowledge all that is put into `messages`, until None is."""
+    """Print and acknowledge what is put into `messages`, until that is None."""
     lost = False
     while not lost:
         batch = [await messages.get()]
         while not messages.empty():
             batch.append(messages.get_nowait())
-        received = [message for message in batch if message is not None]
+        received = [message for message in batch if message]
         lost = len(received) < len(batch)
 
-        # In a thread: a stalled stdout must not stop the heartbeats.
-        await asyncio.to_thread(print_bodies, [message.body for message in received])
+        # In a thread, because a stalled stdout must not stop the heartbeats.
+        printing = asyncio.get_running_loop().run_in_executor(
+            None, print_bodies, [message.body for message in received]
+        )
+        try:
+            await asyncio.shield(printing)
+        finally:  # CTRL+C does not tear a line, unless stdout is stalled
+            await asyncio.wait({printing}, timeout=1)
+
         if not lost:
-            # It fails only together with the channel, and then None is on its way.
+            # This fails only with the channel, and then the None is on its way.
             await asyncio.wait({asyncio.create_task(received[-1].ack(multiple=True))})
-            # Under load a moment's rest makes batches, several times as fast as lines.
+            # A short rest lets a burst become a batch: a flush for each is what costs.
             await asyncio.sleep(0.01)
 
 
 def print_bodies(bodies: list[bytes]) -> None:
-    """Print messages and flush, or raise SystemExit with the status to end with."""
+    """Print messages and flush; raise SystemExit, with the exit status, if that fails."""
     try:
         for body in bodies:
-            print(" [x]", printable(body.removesuffix(b"\n")).replace("\n", "\n     "))
+            text = printable(body.removesuffix(b"\n"))
+            # Indented, further lines cannot pass for messages.
+            sys.stdout.write(" [x] " + text.replace("\n", "\n     ") + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
         raise SystemExit(0) from None
     except OSError as error:
-        raise SystemExit(fail(f"cannot write to stdout: {error.strerror}")) from None
+        tell(f"receive_logs.py: cannot write to stdout: {error.strerror}")
+        raise SystemExit(1) from None
 
 
 def printable(body: bytes) -> str:
     """Decode UTF-8; escape all else, and what does more to a terminal than show."""
+    text = body.decode(errors="backslashreplace")
+    if text.isprintable():
+        return text
     return re.sub(
         r"[^\t\n -~]",
         lambda c: c[0] if c[0].isprintable() else c[0].encode("unicode_escape").decode(),
-        body.decode(errors="backslashreplace"),
+        text,
     )
 
 
 async def receive_logs(url: str) -> NoReturn:
-    """Subscribe, and do so again whenever the subscription is lost.
+    """Subscribe, and subscribe again whenever the subscription is lost.
 
-    Raises what the first subscribe() raises, and later only what another try
-    cannot mend: that the broker refuses.
+    Raises what subscribe() raises; once it has been subscribed, only for REFUSALS.
     """
-    lost = False
+    subscribed = False
     while True:
         try:
             await subscribe(url)
-            lost = True
-            fail("lost the broker or the queue; trying again, and missing the logs meanwhile")
+            subscribed = True
+            tell(
+                "receive_logs.py: lost the broker or the queue: logs emitted until it waits again are missed"
+            )
         except exceptions.CONNECTION_EXCEPTIONS as error:
-            if not lost or isinstance(error, REFUSALS):
+            if not subscribed or isinstance(error, REFUSALS):
                 raise
             await asyncio.sleep(1)
-
-
-REFUSALS = (
-    exceptions.AuthenticationError,
-    exceptions.ProbableAuthenticationError,
-    exceptions.InvalidFrameError,
-    exceptions.ChannelClosed,
-)
 
 
 def explain(error: BaseException, url: str) -> str:
@@ -138,7 +152,7 @@ def explain(error: BaseException, url: str) -> str:
     match error:
         case TimeoutError():
             return f"no answer from {broker} within {TIMEOUT} s. Is that RabbitMQ?"
-        case exceptions.InvalidFrameError():  # aiormq's word for a refused vhost
+        case exceptions.InvalidFrameError() if "OpenOk" in str(error):
             return f"{broker} has no vhost {parts.path[1:] or '/'}, or not for this user"
         case exceptions.AMQPConnectionError(__cause__=socket.gaierror()):
             return f"unknown host {parts.hostname}"
@@ -149,15 +163,16 @@ def explain(error: BaseException, url: str) -> str:
             return f"cannot connect to {broker}: {reason}. Is RabbitMQ running there?"
         case exceptions.AMQPError(args=[*_, str(reason)]):  # in the broker's own words
             return f"{broker}: {reason}"
-        case OSError():  # aio-pika wraps all the others
+        case FileNotFoundError() | IsADirectoryError() | PermissionError() | ssl.SSLError():
             return f"cannot use the certificates that the URL names: {error.args[-1]}"
     return f"lost the connection to {broker}"
 
 
-def fail(reason: str) -> int:
-    """Tell the user on stderr and return the exit status for it."""
-    print(f"receive_logs.py: {reason}", file=sys.stderr)
-    return 1
+def tell(line: str) -> None:
+    """Print a line on stderr, if there is one to print on."""
+    with suppress(OSError):
+        if sys.stderr:
+            print(line, file=sys.stderr)
 
 
 def main() -> int:
@@ -168,28 +183,30 @@ def main() -> int:
     parser.add_argument("--url", default=os.getenv("AMQP_URL", "amqp://guest:guest@localhost/"))
     args = parser.parse_args()
 
-    logging.disable()  # aio-pika also logs what is told here, with tracebacks
     if not sys.stdout:
-        return fail("stdout is closed")
-    # PYTHONUNBUFFERED would lose, silently, what a nearly full disk does not take at once.
+        tell("receive_logs.py: stdout is closed")
+        return 1
+    # With PYTHONUNBUFFERED, stdout loses in silence what a nearly full disk does not take.
     sys.stdout = os.fdopen(
         sys.stdout.fileno(), "w", encoding=sys.stdout.encoding, errors="backslashreplace"
     )
+    logging.disable()  # aio-pika also logs, with tracebacks, what is told here
 
     try:
         if urlsplit(args.url).scheme not in ("amqp", "amqps") or not urlsplit(args.url).hostname:
             raise ValueError
+        # Not asyncio.run: it ends by waiting for threads, and stdout may hold one up.
         asyncio.Runner().run(receive_logs(args.url))
-    except ValueError:
-        return fail("the URL has to look like amqp://user:password@host:port/vhost")
     except KeyboardInterrupt:
         return 0
     except SystemExit as end:
         return int(end.code or 0)
+    except ValueError:
+        tell("receive_logs.py: the URL has to look like amqp://user:password@host:port/vhost")
     except (*exceptions.CONNECTION_EXCEPTIONS, asyncio.CancelledError) as error:
-        return fail(explain(error, args.url))
+        tell(f"receive_logs.py: {explain(error, args.url)}")
+    return 1
 
 
 if __name__ == "__main__":
-    # Not sys.exit, which waits for whatever a paused terminal or a full disk holds up.
-    os._exit(main())
+    os._exit(main())  # sys.exit would wait for such a thread, and flush a full disk again

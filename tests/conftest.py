@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pika
 import pytest
 import trustme
 from pika.adapters.blocking_connection import BlockingChannel
+from pika.exceptions import AMQPError
 from port_for import get_port
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 from scripts import Pair
@@ -77,8 +78,10 @@ def url(broker: RabbitMqExecutor) -> str:
 @pytest.fixture
 def channel(url: str) -> Iterator[BlockingChannel]:
     """Return a channel of pika's, the client that is not aio-pika."""
-    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
-        yield connection.channel()
+    connection = pika.BlockingConnection(pika.URLParameters(url))
+    yield connection.channel()
+    with suppress(AMQPError):  # tests kill the node
+        connection.close()
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,18 @@ from pika.adapters.blocking_connection import BlockingChannel
 from scripts import EMIT_LOG, RECEIVE_LOGS, Pair, Script
 
 SCRIPTS = pytest.mark.parametrize("script", [EMIT_LOG, RECEIVE_LOGS], ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silenced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Script]]:
+    """Return both scripts on a server that accepts and says nothing.
+
+    They start first and are asked for last, for they take 10 s to give up.
+    """
+    with socket.create_server(("localhost", 0)) as server, ExitStack() as running:
+        url = f"amqp://guest:secret@localhost:{server.getsockname()[1]}/"
+        pair = Pair(url, tmp_path_factory.mktemp("silent"), running)
+        yield [pair.start(path) for path in (EMIT_LOG, RECEIVE_LOGS)]
 
 
 def failed(script: Script) -> str:
@@ -25,7 +39,6 @@ def failed(script: Script) -> str:
     return line
 
 
-@SCRIPTS
 @pytest.mark.parametrize(
     ("address", "told"),
     [
@@ -47,11 +60,11 @@ def failed(script: Script) -> str:
         ("amqps://guest:guest@127.0.0.1:{tls_port}/?cafile={cafile}", "IP address mismatch"),
     ],
 )
-def test_the_broker_cannot_be_used(
-    pair: Pair, tls: Tls, script: Path, address: str, told: str
-) -> None:
+def test_the_broker_cannot_be_used(pair: Pair, tls: Tls, address: str, told: str) -> None:
     known = {"port": pair.url.split(":")[-1][:-1], "tls_port": tls.port, "cafile": tls.cafile}
-    assert told.format(**known) in failed(pair.start(script, "--url", address.format(**known)))
+    address = address.format(**known)
+    for script in [pair.start(path, "--url", address) for path in (EMIT_LOG, RECEIVE_LOGS)]:
+        assert told.format(**known) in failed(script)
 
 
 def test_tls_with_a_private_authority(pair: Pair, tls: Tls) -> None:
@@ -59,13 +72,6 @@ def test_tls_with_a_private_authority(pair: Pair, tls: Tls) -> None:
     receiver = pair.receive("--url", address)
     assert pair.emit("in private", "--url", address).ended() == 0
     receiver.printed(b" [x] in private\n")
-
-
-def test_a_server_that_accepts_and_says_nothing(pair: Pair) -> None:
-    with socket.create_server(("localhost", 0)) as silent:
-        address = f"amqp://guest:secret@localhost:{silent.getsockname()[1]}/"
-        for script in [pair.start(path, "--url", address) for path in (EMIT_LOG, RECEIVE_LOGS)]:
-            assert "no answer from localhost:" in failed(script)
 
 
 @SCRIPTS
@@ -86,3 +92,8 @@ def test_wrong_usage(pair: Pair, script: Path) -> None:
     assert wrong.ended() == 2
     assert wrong.out == b""
     assert wrong.err.startswith("usage: ")
+
+
+def test_a_server_that_accepts_and_says_nothing(silenced: list[Script]) -> None:
+    for script in silenced:
+        assert "no answer from localhost:" in failed(script)

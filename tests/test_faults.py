@@ -1,0 +1,174 @@
+"""The broker goes away, freezes, cancels or blocks: nobody hangs, and nothing is silent."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+from mirakuru.exceptions import ProcessExitedWithError, ProcessFinishedWithError
+from pika.adapters.blocking_connection import BlockingChannel
+from pytest_rabbitmq.factories.executor import RabbitMqExecutor
+from scripts import EMIT_LOG, WAITING, Pair, Script, eventually
+
+LOST = (
+    "receive_logs.py: lost the broker or the queue: logs emitted until it waits again are missed\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def healthy(broker: RabbitMqExecutor) -> Iterator[None]:
+    """Leave the node running, whatever a test does to it."""
+    yield
+    if broker.running():
+        signal_broker(broker, signal.SIGCONT)
+    else:
+        broker.kill().start()
+
+
+def signal_broker(broker: RabbitMqExecutor, number: signal.Signals) -> None:
+    """Send a signal to the whole node."""
+    assert broker.process
+    os.killpg(broker.process.pid, number)
+
+
+def queue_of(broker: RabbitMqExecutor) -> str:
+    """Return the name of the only queue."""
+    (name,) = broker.rabbitctl_output("-q", "list_queues", "--no-table-headers", "name").split()
+    return name
+
+
+def subscribed_again(pair: Pair, receiver: Script, before: bytes = b"") -> None:
+    """Check that a receiver has told of one loss, is back, and receives."""
+    receiver.waiting(times=2)
+    assert receiver.err == WAITING + LOST + WAITING
+    assert pair.emit("back again").err == ""
+    receiver.printed(before + b" [x] back again\n")
+
+
+def test_broker_restarts(pair: Pair, broker: RabbitMqExecutor) -> None:
+    receiver = pair.receive()
+    pair.emit("before")
+    with suppress(ProcessExitedWithError, ProcessFinishedWithError):
+        broker.stop()
+    eventually(lambda: receiver.err == WAITING + LOST)
+    broker.start()
+    subscribed_again(pair, receiver, b" [x] before\n")
+
+
+def test_broker_freezes(pair: Pair, broker: RabbitMqExecutor) -> None:
+    receiver = pair.receive("--url", pair.url + "?heartbeat=1")
+    signal_broker(broker, signal.SIGSTOP)
+    eventually(lambda: receiver.err == WAITING + LOST)
+    signal_broker(broker, signal.SIGCONT)
+    subscribed_again(pair, receiver)
+
+
+def test_queue_is_deleted(pair: Pair, broker: RabbitMqExecutor) -> None:
+    receiver = pair.receive()
+    broker.rabbitctl_output("delete_queue", queue_of(broker))
+    subscribed_again(pair, receiver)
+
+
+def test_exchange_has_another_type_on_return(
+    pair: Pair, broker: RabbitMqExecutor, channel: BlockingChannel
+) -> None:
+    receiver = pair.receive()
+    channel.exchange_delete("logs")
+    channel.exchange_declare("logs", "topic")
+    try:
+        broker.rabbitctl_output("delete_queue", queue_of(broker))
+        assert receiver.ended() == 1
+    finally:
+        channel.exchange_delete("logs")
+    told = receiver.err.removeprefix(WAITING + LOST)
+    assert "received 'fanout' but current is 'topic'" in told
+    assert told.count("\n") == 1
+
+
+def test_access_is_refused_on_return(pair: Pair, broker: RabbitMqExecutor) -> None:
+    broker.rabbitctl_output("add_user", "temporary", "secret")
+    broker.rabbitctl_output("set_permissions", "temporary", ".*", ".*", ".*")
+    receiver = pair.receive("--url", pair.url.replace("://", "://temporary:secret@"))
+    broker.rabbitctl_output("delete_user", "temporary")  # this closes its connections
+    assert receiver.ended() == 1
+    told = receiver.err.removeprefix(WAITING + LOST)
+    assert "ACCESS_REFUSED" in told
+    assert told.count("\n") == 1
+
+
+def test_broker_blocks_publishers(pair: Pair, broker: RabbitMqExecutor) -> None:
+    receiver = pair.receive()
+    broker.rabbitctl_output("set_vm_memory_high_watermark", "0")
+    try:
+        small = pair.start(EMIT_LOG, "small")
+        large = pair.start(EMIT_LOG, *["x" * 100_000] * 15)
+        for emitter in small, large:
+            assert emitter.ended() == 1
+            assert emitter.out == b""
+            assert "memory or disk alarm" in emitter.err
+            assert emitter.err.count("\n") == 1
+    finally:
+        broker.rabbitctl_output("set_vm_memory_high_watermark", "0.4")
+    assert receiver.err == WAITING
+
+
+def emitters_at_twenty_moments(pair: Pair) -> list[Script]:
+    """Start emitters and stop each at another moment of its run, from first to last."""
+    begin = time.monotonic()
+    pair.emit("how long it takes")
+    takes = time.monotonic() - begin
+    emitters = []
+    for moment in range(20):
+        emitters.append(pair.start(EMIT_LOG, f"moment {moment}."))
+        time.sleep(takes * moment / 19)
+        emitters[-1].process.send_signal(signal.SIGSTOP)
+    return emitters
+
+
+def test_broker_is_killed(pair: Pair, broker: RabbitMqExecutor, channel: BlockingChannel) -> None:
+    reading, writing = os.pipe()
+    stalled = pair.receive(stdout=writing)
+    os.close(writing)
+    channel.confirm_delivery()  # so that what is published is in the queue
+    bodies = [b"%d %s" % (number, b"x" * 1000) for number in range(200)]
+    for body in bodies:
+        channel.basic_publish("logs", "", body)
+    arrived = b"".join(b" [x] %s\n" % body for body in bodies)
+    listing = "-q", "list_queues", "--no-table-headers", "messages_ready"
+    eventually(lambda: broker.rabbitctl_output(*listing).split() == ["0"])
+
+    receiver, other = pair.receive(), pair.receive()
+    emitters = emitters_at_twenty_moments(pair)
+    broker.kill(sig=signal.SIGKILL)
+    for emitter in emitters:
+        emitter.process.send_signal(signal.SIGCONT)
+
+    # The emitters: promise kept or error, at whatever moment.
+    for moment, emitter in enumerate(emitters):
+        status = emitter.ended(20)
+        told = emitter.out + emitter.err.encode()
+        assert told.count(b"\n") == 1
+        if status == 0:
+            assert told == b" [x] Sent moment %d.\n" % moment
+            assert b" [x] moment %d.\n" % moment in receiver.out
+        else:
+            assert status == 1
+            assert told.startswith(b"emit_log.py: ")
+    assert {0, 1} == {emitter.ended() for emitter in emitters}
+
+    # CTRL+C while a receiver waits for the broker.
+    eventually(lambda: other.err == WAITING + LOST)
+    other.process.send_signal(signal.SIGINT)
+    assert other.ended() == 0
+    assert other.err == WAITING + LOST
+
+    # What had arrived before is printed when stdout goes on.
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.read(len(arrived)) == arrived
+        eventually(lambda: stalled.err == WAITING + LOST)
+
+    before = receiver.out
+    broker.start()
+    subscribed_again(pair, receiver, before)

@@ -1,0 +1,211 @@
+"""Slow, gone, full and narrow outputs, and bytes that mean harm."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pexpect
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pika.adapters.blocking_connection import BlockingChannel
+from scripts import RECEIVE_LOGS, WAITING, Pair, Script, eventually, user_environment
+
+
+def publish(channel: BlockingChannel, *bodies: bytes) -> None:
+    """Publish from a client that is not aio-pika."""
+    for body in bodies:
+        channel.basic_publish("logs", "", body)
+
+
+@pytest.fixture
+def stalled(pair: Pair) -> Iterator[tuple[Script, int]]:
+    """Return a receiver that writes to a pipe, and the end of it that nobody reads yet."""
+    reading, writing = os.pipe()
+    try:
+        receiver = pair.receive("--url", pair.url + "?heartbeat=2", stdout=writing)
+        os.close(writing)
+        yield receiver, reading
+    finally:
+        os.close(reading)
+
+
+def peak_memory(script: Script) -> int:
+    """Return the most memory that a running script has had so far, in MiB."""
+    status = Path(f"/proc/{script.process.pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+
+def test_paused_outputs_lose_nothing(
+    pair: Pair, stalled: tuple[Script, int], channel: BlockingChannel
+) -> None:
+    receiver, pipe = stalled
+    environment = user_environment(AMQP_URL=pair.url + "?heartbeat=2")
+    with pexpect.spawn(sys.executable, [str(RECEIVE_LOGS)], env=environment) as terminal:
+        terminal.expect_exact(WAITING.rstrip() + "\r\n")
+        terminal.sendcontrol("s")
+
+        lines = [b" [x] %-100d" % number for number in range(20_000)]
+        publish(channel, *[line.removeprefix(b" [x] ") for line in lines])
+        # Five heartbeats: the broker gives up on a connection after two.
+        assert terminal.expect([r"\d", pexpect.TIMEOUT], timeout=5 * 2) == 1
+
+        with open(pipe, "rb", closefd=False) as out:
+            expected = b"\n".join(lines) + b"\n"
+            assert out.read(len(expected)) == expected
+        assert receiver.err == WAITING
+        assert peak_memory(receiver) < 64
+
+        terminal.sendcontrol("q")
+        terminal.expect_exact(lines[-1] + b"\r\n", searchwindowsize=1000)
+        assert terminal.before == b"".join(line + b"\r\n" for line in lines[:-1])
+
+
+def test_large_messages_stay_at_the_broker(
+    stalled: tuple[Script, int], channel: BlockingChannel
+) -> None:
+    receiver, pipe = stalled
+    publish(channel, *[b"%-*d" % (2**20, number) for number in range(1_000)])
+    with open(pipe, "rb", closefd=False) as out:
+        for number in range(1_000):
+            assert out.readline() == b" [x] %-*d\n" % (2**20, number)
+    assert receiver.err == WAITING
+    assert peak_memory(receiver) < 500
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)]
+)
+def test_signals_end_it_while_stdout_is_stalled(
+    stalled: tuple[Script, int], channel: BlockingChannel, number: int, status: int
+) -> None:
+    receiver, _ = stalled
+    publish(channel, *[b"x" * 1000] * 1000)
+    stuck = psutil.Process(receiver.process.pid)
+    eventually(lambda: stuck.num_threads() > 1)
+    receiver.process.send_signal(number)
+    assert receiver.ended() == status
+    assert receiver.err == WAITING
+
+
+def test_ctrl_c_tears_no_line(pair: Pair, channel: BlockingChannel) -> None:
+    receiver = pair.receive()
+    publish(channel, *[b"x" * 1000] * 5000)
+    eventually(lambda: receiver.out)
+    receiver.process.send_signal(signal.SIGINT)
+    assert receiver.ended() == 0
+    assert set(receiver.out.split(b"\n")) == {b" [x] " + b"x" * 1000, b""}
+
+
+def test_reader_gone(pair: Pair) -> None:
+    command = f"'{sys.executable}' '{RECEIVE_LOGS}' | head -n 1; echo ${{PIPESTATUS[0]}}"
+    with subprocess.Popen(
+        ["bash", "-c", command],
+        env=user_environment(AMQP_URL=pair.url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as pipeline:
+        assert pipeline.stderr
+        assert pipeline.stdout
+        assert pipeline.stderr.readline().decode() == WAITING
+        pair.emit("first")
+        assert pipeline.stdout.readline() == b" [x] first\n"
+        eventually(lambda: pair.emit("next").err)  # that nobody listens any more
+        assert pipeline.stdout.read() == b"0\n"
+        assert pipeline.stderr.read() == b""
+
+
+def test_disk_full(pair: Pair) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    receiver = pair.receive(stdout=full)
+    emitter = pair.emit("too much", stdout=full)
+    os.close(full)
+    for script in receiver, emitter:
+        assert script.ended() == 1
+        assert "No space left on device\n" in script.err
+        assert script.err.removeprefix(WAITING).count("\n") == 1
+
+
+def test_no_stdout(pair: Pair) -> None:
+    command = ["bash", "-c", f"exec '{sys.executable}' '{RECEIVE_LOGS}' >&-"]
+    run = subprocess.run(
+        command, env=user_environment(AMQP_URL=pair.url), stderr=subprocess.PIPE, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr == b"receive_logs.py: stdout is closed\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437"])
+def test_stdout_that_cannot_encode(pair: Pair, encoding: str) -> None:
+    receiver = pair.receive(PYTHONIOENCODING=encoding)
+    emitter = pair.emit("10 \u20ac", b"\xff", PYTHONIOENCODING=encoding)
+    assert emitter.ended() == 0
+    assert emitter.out == b" [x] Sent 10 \\u20ac \\xff\n"
+    receiver.printed(b" [x] 10 \\u20ac \\xff\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        (b"", b" [x] \n"),
+        (b"one newline at the end\n", b" [x] one newline at the end\n"),
+        (b"two\n\n", b" [x] two\n     \n"),
+        (b"Traceback:\n\tin f\n [x] forged", b" [x] Traceback:\n     \tin f\n      [x] forged\n"),
+        (b"\x1b[2J\x1b]0;title\x07\r\x00\x7f", rb" [x] \x1b[2J\x1b]0;title\x07\r\x00\x7f" + b"\n"),
+        (b"\xff\xfe\xc3", rb" [x] \xff\xfe\xc3" + b"\n"),
+        (
+            "\u202e\u200b\u2028\x85\U000e0041".encode(),
+            rb" [x] \u202e\u200b\u2028\x85\U000e0041" + b"\n",
+        ),
+        (
+            "caf\u00e9 \U0001f600 \u65e5\u672c".encode(),
+            " [x] caf\u00e9 \U0001f600 \u65e5\u672c\n".encode(),
+        ),
+        (b"8 MiB " * (2**23 // 6), b" [x] " + b"8 MiB " * (2**23 // 6) + b"\n"),
+    ],
+    ids=lambda value: str(value[:20]),
+)
+def test_lines(pair: Pair, channel: BlockingChannel, body: bytes, line: bytes) -> None:
+    receiver = pair.receive(PYTHONIOENCODING="utf-8")
+    publish(channel, body)
+    receiver.printed(line)
+
+
+def test_the_emitter_echoes_harmlessly(pair: Pair) -> None:
+    assert pair.emit("\x1b[2J\r", PYTHONIOENCODING="utf-8").out == rb" [x] Sent \x1b[2J\r" + b"\n"
+
+
+def test_random_bytes(pair: Pair, channel: BlockingChannel) -> None:
+    receiver = pair.receive(PYTHONIOENCODING="utf-8")
+    counted = itertools.count()
+    seen = 0
+
+    nasty = st.text(st.characters(codec="utf-8")).map(str.encode)
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(st.binary() | nasty, min_size=20))
+    def each_is_printed_once_in_order_and_harmless(bodies: list[bytes]) -> None:
+        nonlocal seen
+        numbered = [b"%d:%s" % (next(counted), body) for body in bodies]
+        last = b"%d:" % next(counted)
+        publish(channel, *numbered, last)
+        eventually(lambda: receiver.out.endswith(b" [x] %s\n" % last))
+        lines = receiver.out[seen:].decode().removesuffix("\n").split("\n")
+        seen = len(receiver.out)
+
+        assert all(c.isprintable() or c == "\t" for line in lines for c in line)
+        for body in [*numbered, last]:
+            number = body.partition(b":")[0].decode()
+            assert lines.pop(0).startswith(f" [x] {number}:")
+            for _ in range(body.removesuffix(b"\n").count(b"\n")):
+                assert lines.pop(0).startswith("     ")
+        assert lines == []
+
+    each_is_printed_once_in_order_and_harmless()
+    assert next(counted) > 2000
+    assert receiver.process.poll() is None
