@@ -8,7 +8,8 @@ amqp://guest:guest@localhost/ (amqp://user:password@host:port/vhost).
 TLS: amqps://host/vhost, with ?cafile=ca.pem for a private authority.
 Put -- before a message that begins with a dash.
 
-exit status: 0 sent and confirmed by the broker, 1 not, 2 wrong usage
+exit status: 0 sent and confirmed by the broker, 1 an error (told in one line
+on stderr), 2 wrong usage
 """
 
 import argparse
@@ -70,19 +71,20 @@ def explain(error: BaseException, url: str) -> str:
                 "or it blocks publishers (memory or disk alarm)"
             )
         case exceptions.InvalidFrameError() if "OpenOk" in str(error):
-            return f"{broker} has no vhost {parts.path[1:] or '/'}, or not for this user"
+            return f"{broker} refused vhost {parts.path[1:] or '/'}: is there one, for this user?"
         case exceptions.AMQPConnectionError(__cause__=socket.gaierror()):
             return f"unknown host {parts.hostname}"
         case exceptions.AMQPConnectionError(__cause__=ssl.SSLError() as tls):
             return f"TLS with {broker} failed: {getattr(tls, 'verify_message', tls.reason)}"
         case exceptions.AMQPConnectionError(__cause__=OSError(errno=number)):
             reason = os.strerror(number) if number else "no answer at any of its addresses"
-            return f"cannot connect to {broker}: {reason}. Is RabbitMQ running there?"
+            return f"no connection to {broker}: {reason}. Is RabbitMQ running there?"
         case exceptions.AMQPError(args=[*_, str(reason)]):  # in the broker's own words
             return f"{broker}: {reason}"
-        case FileNotFoundError() | IsADirectoryError() | PermissionError() | ssl.SSLError():
-            return f"cannot use the certificates that the URL names: {error.args[-1]}"
-    return f"lost the connection to {broker} before it confirmed the message"
+        case OSError() if not isinstance(error, ConnectionError):
+            why = getattr(error, "reason", error.strerror)
+            return f"cannot use the certificates that the URL names: {why}"
+    return f"the conversation with {broker} broke off before it confirmed the message"
 
 
 def printable(body: bytes) -> str:
@@ -98,10 +100,10 @@ def printable(body: bytes) -> str:
 
 
 def tell(line: str) -> None:
-    """Print a line on stderr, if there is one to print on."""
+    """Print one harmless line on stderr, if there is one to print on."""
     with suppress(OSError):
         if sys.stderr:
-            print(line, file=sys.stderr)
+            print(printable(os.fsencode(line)).replace("\n", " "), file=sys.stderr)
 
 
 def main() -> int:
@@ -119,12 +121,10 @@ def main() -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
 
     try:
-        if urlsplit(args.url).scheme not in ("amqp", "amqps") or not urlsplit(args.url).hostname:
+        if not (urlsplit(args.url).hostname and args.url.startswith(("amqp://", "amqps://"))):
             raise ValueError
-        # Not asyncio.run: it ends by waiting for what a broker may hold up.
+        # Not asyncio.run: it would wait for what a broker that fell silent holds up.
         received = asyncio.Runner().run(emit_log_in_time(args.url, body))
-    except KeyboardInterrupt:
-        return 130
     except ValueError:
         tell("emit_log.py: the URL has to look like amqp://user:password@host:port/vhost")
         return 1
@@ -135,7 +135,7 @@ def main() -> int:
     try:
         print(f" [x] Sent {printable(body)}", flush=True)
     except BrokenPipeError:
-        pass  # it is sent, if nobody wants to read so
+        pass  # it is sent, even if nobody wants to know
     except OSError as error:
         tell(f"emit_log.py: sent, but cannot write to stdout: {error.strerror}")
         return 1
@@ -145,4 +145,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # sys.exit would wait for the same, and flush a full disk again
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        status = 130
+    # Not sys.exit: it would wait for the same, and flush once more to a full disk.
+    os._exit(status)

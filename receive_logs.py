@@ -153,26 +153,27 @@ def explain(error: BaseException, url: str) -> str:
         case TimeoutError():
             return f"no answer from {broker} within {TIMEOUT} s. Is that RabbitMQ?"
         case exceptions.InvalidFrameError() if "OpenOk" in str(error):
-            return f"{broker} has no vhost {parts.path[1:] or '/'}, or not for this user"
+            return f"{broker} refused vhost {parts.path[1:] or '/'}: is there one, for this user?"
         case exceptions.AMQPConnectionError(__cause__=socket.gaierror()):
             return f"unknown host {parts.hostname}"
         case exceptions.AMQPConnectionError(__cause__=ssl.SSLError() as tls):
             return f"TLS with {broker} failed: {getattr(tls, 'verify_message', tls.reason)}"
         case exceptions.AMQPConnectionError(__cause__=OSError(errno=number)):
             reason = os.strerror(number) if number else "no answer at any of its addresses"
-            return f"cannot connect to {broker}: {reason}. Is RabbitMQ running there?"
+            return f"no connection to {broker}: {reason}. Is RabbitMQ running there?"
         case exceptions.AMQPError(args=[*_, str(reason)]):  # in the broker's own words
             return f"{broker}: {reason}"
-        case FileNotFoundError() | IsADirectoryError() | PermissionError() | ssl.SSLError():
-            return f"cannot use the certificates that the URL names: {error.args[-1]}"
-    return f"lost the connection to {broker}"
+        case OSError() if not isinstance(error, ConnectionError):
+            why = getattr(error, "reason", error.strerror)
+            return f"cannot use the certificates that the URL names: {why}"
+    return f"the conversation with {broker} broke off"
 
 
 def tell(line: str) -> None:
-    """Print a line on stderr, if there is one to print on."""
+    """Print one harmless line on stderr, if there is one to print on."""
     with suppress(OSError):
         if sys.stderr:
-            print(line, file=sys.stderr)
+            print(printable(os.fsencode(line)).replace("\n", " "), file=sys.stderr)
 
 
 def main() -> int:
@@ -193,7 +194,7 @@ def main() -> int:
     logging.disable()  # aio-pika also logs, with tracebacks, what is told here
 
     try:
-        if urlsplit(args.url).scheme not in ("amqp", "amqps") or not urlsplit(args.url).hostname:
+        if not (urlsplit(args.url).hostname and args.url.startswith(("amqp://", "amqps://"))):
             raise ValueError
         # Not asyncio.run: it ends by waiting for threads, and stdout may hold one up.
         asyncio.Runner().run(receive_logs(args.url))
@@ -209,4 +210,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # sys.exit would wait for such a thread, and flush a full disk again
+    os._exit(main())  # not sys.exit, which waits for them too, and flushes a full disk again

@@ -45,10 +45,12 @@ def failed(script: Script) -> str:
         ("amqp://guest:secret@localhost:1/", "localhost:1: Connection refused. Is RabbitMQ"),
         ("amqp://guest:secret@no-such-host.invalid/", "unknown host no-such-host.invalid"),
         ("amqp://guest:secret@localhost:{port}/", "refused"),
-        ("amqp://guest:guest@localhost:{port}/no-such-vhost", "no vhost no-such-vhost"),
+        ("amqp://guest:guest@localhost:{port}/no-such-vhost", "refused vhost no-such-vhost"),
         ("http://guest:secret@localhost/", "amqp://user:password@host:port/vhost"),
         ("amqp://guest:secret@localhost:port/", "amqp://user:password@host:port/vhost"),
         ("amqp://guest:secret", "amqp://user:password@host:port/vhost"),
+        ("amqps://guest:secret@localhost:{port}/?cafile={folder}", "certificates"),
+        ("amqps://guest:secret@localhost:{port}/?cafile={garbage}", "certificates"),
         ("amqp://[::1", "amqp://user:password@host:port/vhost"),
         ("amqp:///vhost", "amqp://user:password@host:port/vhost"),
         ("localhost", "amqp://user:password@host:port/vhost"),
@@ -62,6 +64,7 @@ def failed(script: Script) -> str:
 )
 def test_the_broker_cannot_be_used(pair: Pair, tls: Tls, address: str, told: str) -> None:
     known = {"port": pair.url.split(":")[-1][:-1], "tls_port": tls.port, "cafile": tls.cafile}
+    known |= {"folder": tls.cafile.parent, "garbage": __file__}
     address = address.format(**known)
     for script in [pair.start(path, "--url", address) for path in (EMIT_LOG, RECEIVE_LOGS)]:
         assert told.format(**known) in failed(script)
@@ -82,6 +85,19 @@ def test_the_exchange_exists_with_another_type(
     channel.exchange_declare("logs", "topic")
     try:
         assert "received 'fanout' but current is 'topic'" in failed(pair.start(script))
+    finally:
+        channel.exchange_delete("logs")
+
+
+@SCRIPTS
+def test_the_brokers_own_words_cannot_harm_the_terminal(
+    pair: Pair, channel: BlockingChannel, script: Path
+) -> None:
+    hostile = "\x1b[2J\n [x] forged"
+    channel.exchange_delete("logs")
+    channel.exchange_declare("logs", "fanout", arguments={"alternate-exchange": hostile})
+    try:
+        assert r"\x1b[2J  [x] forged" in failed(pair.start(script))
     finally:
         channel.exchange_delete("logs")
 

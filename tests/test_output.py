@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pexpect
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pika.adapters.blocking_connection import BlockingChannel
-from scripts import RECEIVE_LOGS, WAITING, Pair, Script, eventually, user_environment
+from scripts import EMIT_LOG, RECEIVE_LOGS, WAITING, Pair, Script, eventually, user_environment
 
 
 def publish(channel: BlockingChannel, *bodies: bytes) -> None:
@@ -91,6 +92,25 @@ def test_signals_end_it_while_stdout_is_stalled(
     receiver.process.send_signal(number)
     assert receiver.ended() == status
     assert receiver.err == WAITING
+
+
+def test_ctrl_c_ends_an_emitter_that_cannot_print(pair: Pair) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while os.write(writing, b" " * 4096):
+            pass
+    os.set_blocking(writing, True)
+    receiver = pair.receive()
+    emitter = pair.start(EMIT_LOG, "stuck", stdout=writing)
+    receiver.printed(b" [x] stuck\n")
+    stuck = psutil.Process(emitter.process.pid)
+    eventually(lambda: stuck.status() == psutil.STATUS_SLEEPING and not stuck.net_connections())
+    emitter.process.send_signal(signal.SIGINT)
+    assert emitter.ended() == 130
+    assert emitter.err == ""
+    os.close(reading)
+    os.close(writing)
 
 
 def test_ctrl_c_tears_no_line(pair: Pair, channel: BlockingChannel) -> None:
