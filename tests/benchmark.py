@@ -35,10 +35,11 @@ SERVER = Path("/usr/lib/rabbitmq/bin")
 Figures = dict[str, float]
 
 
-async def aio_pika_reference(url: str, count: int, prefetch: int) -> None:
-    """Receive with aio-pika: one at a time as its tutorial does, or only count (prefetch 0)."""
+async def aio_pika_reference(url: str, count: int, reference: str) -> None:
+    """Receive with aio-pika as its tutorial does, or only acknowledge, or only count."""
     connection = await aio_pika.connect(url)
     channel = await connection.channel()
+    await channel.set_qos(prefetch_count=1 if reference == "one" else 300)
     exchange = await channel.declare_exchange("logs", aio_pika.ExchangeType.FANOUT)
     queue = await channel.declare_queue(exclusive=True)
     await queue.bind(exchange)
@@ -51,14 +52,15 @@ async def aio_pika_reference(url: str, count: int, prefetch: int) -> None:
     async def only_count(message: AbstractIncomingMessage) -> None:
         nonlocal received
         received += 1
+        if reference == "acknowledge" and received % 150 == 0:
+            await message.ack(multiple=True)
         if received == count:
             print("\n" * (count - 1), flush=True)
 
-    if prefetch:
-        await channel.set_qos(prefetch_count=prefetch)
+    if reference == "one":
         await queue.consume(print_and_acknowledge)
     else:
-        await queue.consume(only_count, no_ack=True)
+        await queue.consume(only_count, no_ack=reference == "ceiling")
     print(" [*] Waiting for logs. To exit press CTRL+C", file=sys.stderr)
     await asyncio.Future()
 
@@ -132,6 +134,7 @@ def receiving(pair: Pair, rounds: int, count: int, size: int) -> Figures:
         "ours": (RECEIVE_LOGS, []),
         "one at a time": (Path(__file__), [*reference, "one"]),
         "ceiling": (Path(__file__), [*reference, "ceiling"]),
+        "acknowledge": (Path(__file__), [*reference, "acknowledge"]),
         "pika": (Path(__file__), [*reference, "pika"]),
     }
     rates: dict[str, list[float]] = {name: [] for name in programs}
@@ -308,13 +311,15 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20_000, help="messages of a measurement")
     parser.add_argument("--many", type=int, default=50, help="receivers of the largest fan-out")
     parser.add_argument(
-        "--reference", choices=["one", "ceiling", "pika"], help="be that program (internal)"
+        "--reference",
+        choices=["one", "ceiling", "acknowledge", "pika"],
+        help="be that program (internal)",
     )
     args = parser.parse_args()
     if args.reference == "pika":
         pika_reference(args.url)
     elif args.reference:
-        asyncio.run(aio_pika_reference(args.url, args.count, args.reference == "one"))
+        asyncio.run(aio_pika_reference(args.url, args.count, args.reference))
     else:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
