@@ -54,8 +54,8 @@ async def subscribe(url: str) -> None:
     async with asyncio.timeout(TIMEOUT) as deadline, await connect(url) as connection:
         channel = await connection.channel()
         channel.close_callbacks.add(end)
-        # Below aio-pika's channel is one that tells when the broker cancels the consumer, and
-        # that delivers half as fast again, without all the properties of a message.
+        # aio-pika wraps this one, which alone tells when the broker cancels the consumer, and
+        # consumes half again as fast for not wrapping every message as well.
         amqp_channel = await channel.get_underlay_channel()
         amqp_channel.on_consumer_cancel_callbacks.add(end)
 

@@ -267,7 +267,7 @@ def measure(pair: Pair, rounds: int, count: int, many: int) -> dict[str, Figures
         rates = [fan_out(pair, receivers, count // 4) for _ in range(rounds)]
         figures["fan-out"][str(receivers)] = statistics.median(rates)
     progress(f"fan-out to {many}")
-    figures["fan-out"][str(many)] = fan_out(pair, many, count // 10)
+    figures["fan-out"][str(many)] = fan_out(pair, many, count // 5)
     progress("latency")
     figures["latency"] = latency(pair, 10 * rounds)
     progress("memory")
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--url", help="a broker to use (default: a private node)")
     parser.add_argument("--json", action="store_true", help="print figures for a program")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=20_000, help="messages of a measurement")
+    parser.add_argument("--count", type=int, default=10_000, help="messages of a measurement")
     parser.add_argument("--many", type=int, default=50, help="receivers of the largest fan-out")
     parser.add_argument(
         "--reference",
