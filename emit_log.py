@@ -103,7 +103,10 @@ def tell(line: str) -> None:
     """Print one harmless line on stderr, if there is one to print on."""
     with suppress(OSError):
         if sys.stderr:
-            print(printable(os.fsencode(line)).replace("\n", " "), file=sys.stderr)
+            print(
+                printable(line.encode(errors="backslashreplace")).replace("\n", " "),
+                file=sys.stderr,
+            )
 
 
 def main() -> int:
