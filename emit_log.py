@@ -80,7 +80,7 @@ def explain(error: BaseException, url: str) -> str:
             reason = os.strerror(number) if number else "no answer at any of its addresses"
             return f"no connection to {broker}: {reason}. Is RabbitMQ running there?"
         case exceptions.AMQPConnectionError(__cause__=asyncio.IncompleteReadError()):
-            pass  # the library's words count bytes
+            pass  # the library's own words only count bytes
         case exceptions.AMQPError(args=[*_, str(reason)]):  # in the broker's own words
             return f"{broker}: {reason}"
         case OSError() if not isinstance(error, ConnectionError):

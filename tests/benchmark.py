@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import Basic, BasicProperties
 from port_for import get_port
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
-from scripts import EMIT_LOG, RECEIVE_LOGS, Pair, Script, eventually, user_environment
+from scripts import EMIT_LOG, RECEIVE_LOGS, Pair, Script, eventually, full_pipe, user_environment
 
 SERVER = Path("/usr/lib/rabbitmq/bin")
 Figures = dict[str, float]
@@ -85,12 +85,6 @@ def pika_reference(url: str) -> None:
 def progress(line: str) -> None:
     """Say on stderr what is being measured."""
     print(line, file=sys.stderr, flush=True)
-
-
-def peak_memory(script: Script) -> int:
-    """Return the most memory that a running script has had so far, in MiB."""
-    status = Path(f"/proc/{script.process.pid}/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) // 1024
 
 
 def backlog(url: str, receivers: list[Script], body: bytes, count: int) -> None:
@@ -209,23 +203,15 @@ def latency(pair: Pair, times: int) -> Figures:
 def memory(pair: Pair, count: int) -> Figures:
     """Measure the peaks: the receiver idle and after a backlog, the emitter at its end."""
     receiver = pair.receive()
-    figures: Figures = {"receiver, idle": peak_memory(receiver)}
-    # A full pipe holds the emitter up at its last step.
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(writing, b" " * 4096)
-    os.set_blocking(writing, True)
-    emitter = pair.start(EMIT_LOG, "hi", stdout=writing)
-    receiver.printed(b" [x] hi\n")
-    figures["emitter"] = peak_memory(emitter)
-    emitter.process.kill()
-    os.close(reading)
-    os.close(writing)
+    figures: Figures = {"receiver, idle": receiver.peak_memory()}
+    with full_pipe() as pipe:  # which holds the emitter up at its last step
+        emitter = pair.start(EMIT_LOG, "hi", stdout=pipe)
+        receiver.printed(b" [x] hi\n")
+        figures["emitter"] = emitter.peak_memory()
+        emitter.process.kill()
     backlog(pair.url, [receiver], b"x" * 1024, count)
     eventually(lambda: receiver.out.count(b"\n") == count + 1)
-    figures["receiver, under load"] = peak_memory(receiver)
+    figures["receiver, under load"] = receiver.peak_memory()
     receiver.process.kill()
     return figures
 

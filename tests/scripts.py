@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -35,6 +35,22 @@ def user_environment(**variables: str) -> dict[str, str]:
     """Return the environment without what changes how the scripts behave."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "AMQP"))}
     return ours | variables
+
+
+@contextmanager
+def full_pipe() -> Iterator[int]:
+    """Give the writing end of a pipe that takes no byte more, for nobody reads it."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b" " * 4096)
+    os.set_blocking(writing, True)
+    try:
+        yield writing
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 class Script:
@@ -93,6 +109,11 @@ class Script:
             eventually(lambda: len(self.out) >= len(out))
         finally:
             assert self.out == out
+
+    def peak_memory(self) -> int:
+        """Return the most memory that the running script has had so far, in MiB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) // 1024
 
     def __enter__(self) -> Self:
         return self

@@ -7,10 +7,7 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 
 import pexpect
 import psutil
@@ -18,7 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pika.adapters.blocking_connection import BlockingChannel
-from scripts import EMIT_LOG, RECEIVE_LOGS, WAITING, Pair, Script, eventually, user_environment
+from scripts import (
+    EMIT_LOG,
+    RECEIVE_LOGS,
+    WAITING,
+    Pair,
+    Script,
+    eventually,
+    full_pipe,
+    user_environment,
+)
 
 
 def publish(channel: BlockingChannel, *bodies: bytes) -> None:
@@ -45,12 +51,6 @@ def is_filling(pipe: int) -> bool:
     return int.from_bytes(unread, sys.byteorder) > 2**15
 
 
-def peak_memory(script: Script) -> int:
-    """Return the most memory that a running script has had so far, in MiB."""
-    status = Path(f"/proc/{script.process.pid}/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) // 1024
-
-
 def test_paused_outputs_lose_nothing(
     pair: Pair, stalled: tuple[Script, int], channel: BlockingChannel
 ) -> None:
@@ -69,7 +69,7 @@ def test_paused_outputs_lose_nothing(
             expected = b"\n".join(lines) + b"\n"
             assert out.read(len(expected)) == expected
         assert receiver.err == WAITING
-        assert peak_memory(receiver) < 64
+        assert receiver.peak_memory() < 64
 
         terminal.sendcontrol("q")
         terminal.expect_exact(lines[-1] + b"\r\n", searchwindowsize=1000)
@@ -85,7 +85,7 @@ def test_large_messages_stay_at_the_broker(
         for number in range(1_000):
             assert out.readline() == b" [x] %-*d\n" % (2**20, number)
     assert receiver.err == WAITING
-    assert peak_memory(receiver) < 500
+    assert receiver.peak_memory() < 500
 
 
 @pytest.mark.parametrize(
@@ -103,22 +103,15 @@ def test_signals_end_it_while_stdout_is_stalled(
 
 
 def test_ctrl_c_ends_an_emitter_that_cannot_print(pair: Pair) -> None:
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with suppress(BlockingIOError):
-        while os.write(writing, b" " * 4096):
-            pass
-    os.set_blocking(writing, True)
     receiver = pair.receive()
-    emitter = pair.start(EMIT_LOG, "stuck", stdout=writing)
-    receiver.printed(b" [x] stuck\n")
-    stuck = psutil.Process(emitter.process.pid)
-    eventually(lambda: stuck.status() == psutil.STATUS_SLEEPING and not stuck.net_connections())
-    emitter.process.send_signal(signal.SIGINT)
-    assert emitter.ended() == 130
-    assert emitter.err == ""
-    os.close(reading)
-    os.close(writing)
+    with full_pipe() as pipe:
+        emitter = pair.start(EMIT_LOG, "stuck", stdout=pipe)
+        receiver.printed(b" [x] stuck\n")
+        stuck = psutil.Process(emitter.process.pid)
+        eventually(lambda: stuck.status() == psutil.STATUS_SLEEPING and not stuck.net_connections())
+        emitter.process.send_signal(signal.SIGINT)
+        assert emitter.ended() == 130
+        assert emitter.err == ""
 
 
 def test_ctrl_c_tears_no_line(stalled: tuple[Script, int], channel: BlockingChannel) -> None:
@@ -126,7 +119,8 @@ def test_ctrl_c_tears_no_line(stalled: tuple[Script, int], channel: BlockingChan
     publish(channel, *[b"x" * 1000] * 300)
     eventually(lambda: is_filling(pipe))
     receiver.process.send_signal(signal.SIGINT)
-    time.sleep(0.2)  # by now it would be gone, did it not wait for the batch in hand
+    with pytest.raises(subprocess.TimeoutExpired):
+        receiver.ended(0.2)  # it waits for the batch in hand
     with open(pipe, "rb", closefd=False) as out:
         assert set(out.read().split(b"\n")) == {b" [x] " + b"x" * 1000, b""}
     assert receiver.ended() == 0
