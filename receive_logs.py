@@ -51,29 +51,34 @@ async def subscribe(url: str) -> None:
     async def end(*_: object) -> None:
         await messages.put(None)
 
-    async with asyncio.timeout(TIMEOUT) as deadline, await connect(url) as connection:
-        channel = await connection.channel()
-        channel.close_callbacks.add(end)
-        # aio-pika wraps this one, which alone tells when the broker cancels the consumer, and
-        # consumes half again as fast for not wrapping every message as well.
-        amqp_channel = await channel.get_underlay_channel()
-        amqp_channel.on_consumer_cancel_callbacks.add(end)
+    async with asyncio.timeout(TIMEOUT) as deadline:
+        connection = await connect(url)
+        try:
+            channel = await connection.channel()
+            channel.close_callbacks.add(end)
+            # aio-pika wraps this one, which alone tells when the broker cancels the consumer,
+            # and consumes half again as fast for not wrapping every message as well.
+            amqp_channel = await channel.get_underlay_channel()
+            amqp_channel.on_consumer_cancel_callbacks.add(end)
 
-        # While stdout is stalled, the backlog is to stay at the broker.
-        await channel.set_qos(prefetch_count=PREFETCH)
+            # While stdout is stalled, the backlog is to stay at the broker.
+            await channel.set_qos(prefetch_count=PREFETCH)
 
-        logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
+            logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
 
-        # Without a name the server chooses one; exclusive, it dies with the connection.
-        queue = await channel.declare_queue(exclusive=True)
+            # Without a name the server chooses one; exclusive, it dies with the connection.
+            queue = await channel.declare_queue(exclusive=True)
 
-        await queue.bind(logs_exchange, routing_key="")
+            await queue.bind(logs_exchange, routing_key="")
 
-        await amqp_channel.basic_consume(queue.name, messages.put)
+            await amqp_channel.basic_consume(queue.name, messages.put)
 
-        deadline.reschedule(None)
-        tell(" [*] Waiting for logs. To exit press CTRL+C")
-        await print_messages(messages)
+            deadline.reschedule(None)
+            tell(" [*] Waiting for logs. To exit press CTRL+C")
+            await print_messages(messages)
+        finally:
+            # A broker that fell silent would hold this up for half a minute, over TLS.
+            await asyncio.wait({asyncio.create_task(connection.close())}, timeout=1)
 
 
 async def print_messages(messages: Messages) -> None:

@@ -38,6 +38,11 @@ class Tls:
     port: int
     cafile: Path
 
+    @property
+    def url(self) -> str:
+        """Return its address, which names the authority."""
+        return f"amqps://localhost:{self.port}/?cafile={self.cafile}"
+
 
 @pytest.fixture(scope="session")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:

@@ -71,9 +71,8 @@ def test_the_broker_cannot_be_used(pair: Pair, tls: Tls, address: str, told: str
 
 
 def test_tls_with_a_private_authority(pair: Pair, tls: Tls) -> None:
-    address = f"amqps://localhost:{tls.port}/?cafile={tls.cafile}"
-    receiver = pair.receive("--url", address)
-    assert pair.emit("in private", "--url", address).ended() == 0
+    receiver = pair.receive("--url", tls.url)
+    assert pair.emit("in private", "--url", tls.url).ended() == 0
     receiver.printed(b" [x] in private\n")
 
 
@@ -108,6 +107,16 @@ def test_wrong_usage(pair: Pair, script: Path) -> None:
     assert wrong.ended() == 2
     assert wrong.out == b""
     assert wrong.err.startswith("usage: ")
+
+
+@SCRIPTS
+def test_a_server_that_hangs_up(pair: Pair, script: Path) -> None:
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        hung_up = pair.start(script, "--url", f"amqp://guest:secret@localhost:{port}/")
+        with server.accept()[0] as client:
+            client.recv(100)
+        assert f"the conversation with localhost:{port} broke off" in failed(hung_up)
 
 
 def test_a_server_that_accepts_and_says_nothing(silenced: list[Script]) -> None:

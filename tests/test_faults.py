@@ -10,9 +10,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
+import psutil
 import pytest
+from conftest import Tls
 from mirakuru.exceptions import ProcessExitedWithError, ProcessFinishedWithError
 from pika.adapters.blocking_connection import BlockingChannel
+from pika.frame import Method
+from pika.spec import Connection
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 from scripts import EMIT_LOG, WAITING, Pair, Script, eventually
 
@@ -66,9 +70,14 @@ def test_broker_restarts(pair: Pair, broker: RabbitMqExecutor) -> None:
     subscribed_again(pair, receiver, b" [x] before\n")
 
 
-def test_broker_freezes(pair: Pair, broker: RabbitMqExecutor) -> None:
+def test_broker_freezes(pair: Pair, broker: RabbitMqExecutor, tls: Tls) -> None:
     receiver = pair.receive("--url", pair.url + "?heartbeat=1")
+    impatient = [pair.receive(), pair.receive("--url", tls.url)]
     signal_broker(broker, signal.SIGSTOP)
+    for other in impatient:
+        other.process.send_signal(signal.SIGINT)
+        assert other.ended(20) == 0
+        assert other.err == WAITING
     eventually(lambda: receiver.err == WAITING + LOST)
     signal_broker(broker, signal.SIGCONT)
     subscribed_again(pair, receiver)
@@ -78,6 +87,7 @@ def test_queue_is_deleted(pair: Pair, broker: RabbitMqExecutor) -> None:
     receiver = pair.receive()
     broker.rabbitctl_output("delete_queue", queue_of(broker))
     subscribed_again(pair, receiver)
+    assert len(psutil.Process(receiver.process.pid).net_connections()) == 1
 
 
 def test_exchange_has_another_type_on_return(
@@ -107,14 +117,15 @@ def test_access_is_refused_on_return(pair: Pair, broker: RabbitMqExecutor) -> No
     assert told.count("\n") == 1
 
 
-def test_broker_blocks_publishers(pair: Pair, broker: RabbitMqExecutor) -> None:
+def test_broker_blocks_publishers(pair: Pair, broker: RabbitMqExecutor, tls: Tls) -> None:
     receiver = pair.receive()
     broker.rabbitctl_output("set_vm_memory_high_watermark", "0")
     try:
         small = pair.start(EMIT_LOG, "small")
         large = pair.start(EMIT_LOG, *["x" * 100_000] * 15)
-        for emitter in small, large:
-            assert emitter.ended() == 1
+        private = pair.start(EMIT_LOG, "small", "--url", tls.url)
+        for emitter in private, small, large:
+            assert emitter.ended(20) == 1
             assert emitter.out == b""
             assert "memory or disk alarm" in emitter.err
             assert emitter.err.count("\n") == 1
@@ -129,7 +140,7 @@ class Relay(threading.Thread):
     def __init__(self, broker: RabbitMqExecutor, limit: int = sys.maxsize) -> None:
         super().__init__(daemon=True)
         self.limit = limit
-        self.passed = 0
+        self.passed = b""
         self.port = broker.port
         self.listener = socket.create_server(("localhost", 0))
         self.url = f"amqp://localhost:{self.listener.getsockname()[1]}/"
@@ -137,7 +148,7 @@ class Relay(threading.Thread):
 
     def is_cut(self) -> bool:
         """Return whether all that may pass has passed."""
-        return self.passed == self.limit
+        return len(self.passed) == self.limit
 
     def run(self) -> None:
         """Pass on what both say, until one goes away."""
@@ -152,8 +163,20 @@ class Relay(threading.Thread):
                     if speaks is client:
                         broker.sendall(said)
                     else:
-                        client.sendall(said[: self.limit - self.passed])
-                        self.passed = min(self.passed + len(said), self.limit)
+                        may_pass = said[: self.limit - len(self.passed)]
+                        client.sendall(may_pass)
+                        self.passed += may_pass
+
+
+def test_both_say_goodbye(pair: Pair, broker: RabbitMqExecutor) -> None:
+    goodbye = Method(0, Connection.CloseOk()).marshal()
+    to_receiver, to_emitter = Relay(broker), Relay(broker)
+    receiver = pair.receive("--url", to_receiver.url)
+    assert pair.emit("--url", to_emitter.url).ended() == 0
+    eventually(lambda: to_emitter.passed.endswith(goodbye))
+    receiver.process.send_signal(signal.SIGINT)
+    assert receiver.ended() == 0
+    eventually(lambda: to_receiver.passed.endswith(goodbye))
 
 
 def emitters_at_twenty_moments(pair: Pair, broker: RabbitMqExecutor) -> list[Script]:
@@ -163,7 +186,7 @@ def emitters_at_twenty_moments(pair: Pair, broker: RabbitMqExecutor) -> list[Scr
     """
     whole = Relay(broker)
     pair.emit("how much the broker says", "--url", whole.url)
-    relays = [Relay(broker, limit=whole.passed - 6 * (19 - moment)) for moment in range(20)]
+    relays = [Relay(broker, limit=len(whole.passed) - 6 * (19 - moment)) for moment in range(20)]
     emitters = [
         pair.start(EMIT_LOG, f"moment {moment}.", "--url", relay.url)
         for moment, relay in enumerate(relays)

@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -45,10 +46,19 @@ def stalled(pair: Pair) -> Iterator[tuple[Script, int]]:
         os.close(reading)
 
 
-def is_filling(pipe: int) -> bool:
-    """Tell whether a pipe, of 64 KiB, holds most of what it can and its writer is to stall."""
-    unread = fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))
-    return int.from_bytes(unread, sys.byteorder) > 2**15
+def stall(channel: BlockingChannel, pipe: int) -> bytes:
+    """Publish a message that the receiver's pipe cannot hold and wait until it stalls there.
+
+    Return the line that it makes.
+    """
+    body = b"x" * 1_000_000
+    publish(channel, body)
+
+    def begun() -> int:
+        return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+    eventually(begun)
+    return b" [x] %s\n" % body
 
 
 def test_paused_outputs_lose_nothing(
@@ -95,8 +105,7 @@ def test_signals_end_it_while_stdout_is_stalled(
     stalled: tuple[Script, int], channel: BlockingChannel, number: int, status: int
 ) -> None:
     receiver, pipe = stalled
-    publish(channel, *[b"x" * 1000] * 1000)
-    eventually(lambda: is_filling(pipe))
+    stall(channel, pipe)
     receiver.process.send_signal(number)
     assert receiver.ended() == status
     assert receiver.err == WAITING
@@ -116,13 +125,12 @@ def test_ctrl_c_ends_an_emitter_that_cannot_print(pair: Pair) -> None:
 
 def test_ctrl_c_tears_no_line(stalled: tuple[Script, int], channel: BlockingChannel) -> None:
     receiver, pipe = stalled
-    publish(channel, *[b"x" * 1000] * 300)
-    eventually(lambda: is_filling(pipe))
+    line = stall(channel, pipe)
     receiver.process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
-        receiver.ended(0.2)  # it waits for the batch in hand
+        receiver.ended(0.2)  # it waits for the line to be read
     with open(pipe, "rb", closefd=False) as out:
-        assert set(out.read().split(b"\n")) == {b" [x] " + b"x" * 1000, b""}
+        assert out.read() == line
     assert receiver.ended() == 0
 
 
@@ -153,6 +161,14 @@ def test_disk_full(pair: Pair) -> None:
         assert script.ended() == 1
         assert "No space left on device\n" in script.err
         assert script.err.removeprefix(WAITING).count("\n") == 1
+
+
+def test_disk_that_takes_half_a_line(pair: Pair) -> None:
+    receiver = pair.receive(PYTHONUNBUFFERED="1")
+    resource.prlimit(receiver.process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    pair.emit("x" * 2000)
+    assert receiver.ended() == 1
+    assert receiver.err == WAITING + "receive_logs.py: cannot write to stdout: File too large\n"
 
 
 def test_no_stdout(pair: Pair) -> None:
