@@ -1,4 +1,7 @@
-"""A private RabbitMQ node for the whole run, with a TLS listener, and the scripts on it."""
+"""A private RabbitMQ node with a TLS listener, for the whole run, and the scripts on it.
+
+With pytest-xdist each of its workers has such a node.
+"""
 
 import os
 import signal
@@ -22,6 +25,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Stop at once, in one line, where there is no RabbitMQ to test against."""
+    # Workers of pytest-xdist have threads, but what pexpect forks there only begins a script.
+    config.addinivalue_line("filterwarnings", "ignore:.*use of forkpty:DeprecationWarning")
     server = config.getoption("rabbitmq_server") or config.getini("rabbitmq_server")
     if not Path(server).exists():
         pytest.exit(
