@@ -1,151 +1,105 @@
 """Emit a log message to every running copy of receive_logs.py.
 
-example:
   python emit_log.py "disk almost full"
 
 The broker is --url, else the environment variable AMQP_URL, else
-amqp://guest:guest@localhost/ (amqp://user:password@host:port/vhost).
-TLS: amqps://host/vhost, with ?cafile=ca.pem for a private authority.
-Put -- before a message that begins with a dash.
-
-exit status: 0 sent and confirmed by the broker, 1 an error (told in one line
-on stderr), 2 wrong usage
+amqp://guest:guest@localhost/ (amqp or amqps://user:password@host:port/vhost).
+Exit status: 0 confirmed by the broker, 1 error (one line on stderr), 2 usage.
 """
 
-import argparse
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # CTRL+C ends the imports and a shell loop as well
+
 import asyncio
-import io
 import logging
 import os
 import re
-import socket
-import ssl
 import sys
+from argparse import ArgumentParser, RawTextHelpFormatter
 from contextlib import suppress
-from urllib.parse import urlsplit
+from typing import TextIO
+from unicodedata import category
 
 from aio_pika import ExchangeType, Message, connect, exceptions
+from aiormq.abc import DeliveredMessage
 
 TIMEOUT = 10  # seconds, for the whole conversation with the broker
 
 
 async def emit_log(url: str, body: bytes) -> bool:
-    """Publish one message and return whether a queue was there to receive it.
+    """Publish one message; return, after the publisher confirm, whether it was routed to a queue.
 
-    Returns only after RabbitMQ's publisher confirm, which aio-pika waits for.
-    Raises one of aio-pika's CONNECTION_EXCEPTIONS if that does not come within TIMEOUT.
+    Raises aio-pika's exceptions, and aiormq's bare Exception if the broker hangs up on us.
     """
-    async with asyncio.timeout(TIMEOUT):
-        connection = await connect(url)
-        try:
-            channel = await connection.channel(on_return_raises=True)
-
-            logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
-
-            message = Message(body)
-
-            await logs_exchange.publish(message, routing_key="")
-            return True
-        except exceptions.PublishError:  # returned: aio-pika publishes as mandatory
-            return False
-        finally:
-            # A broker that fell silent would hold this up for half a minute, over TLS.
-            await asyncio.wait({asyncio.create_task(connection.close())}, timeout=1)
+    # Not connect_robust: it would connect again in silence, but not publish again.
+    connection = await connect(url)
+    try:
+        channel = await connection.channel()
+        logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
+        message = Message(body)
+        confirm = await logs_exchange.publish(message, routing_key="")
+        return not isinstance(confirm, DeliveredMessage)  # it comes back if no queue is bound
+    finally:
+        # A broker behind TLS that fell silent would hold up an unbounded goodbye for 30 s.
+        await asyncio.wait({asyncio.create_task(connection.close())}, timeout=1)
 
 
-def explain(error: BaseException, url: str) -> str:
-    """Say in one plain line, without the password, what went wrong with the broker."""
-    parts = urlsplit(url)
-    broker = f"{parts.hostname}:{parts.port or (5671 if parts.scheme == 'amqps' else 5672)}"
+def explain(error: BaseException, where: str) -> str:
+    """Say in plain words, without the user and password, what went wrong."""
+    words, unsure = "the connection broke off", "; the message may or may not have been sent"
     match error:
+        case ValueError():
+            return "the URL has to look like amqp://user:password@host:port/vhost"
         case TimeoutError():
-            return (
-                f"no answer from {broker} within {TIMEOUT} s: it is not RabbitMQ, "
-                "or it blocks publishers (memory or disk alarm)"
-            )
+            words = f"no answer within {TIMEOUT} s (a memory or disk alarm, or not RabbitMQ)"
+        case exceptions.DeliveryError():
+            words, unsure = "the broker rejected the message for at least one queue", ""
         case exceptions.InvalidFrameError() if "OpenOk" in str(error):
-            return f"{broker} refused vhost {parts.path[1:] or '/'}: is there one, for this user?"
-        case exceptions.AMQPConnectionError(__cause__=socket.gaierror()):
-            return f"unknown host {parts.hostname}"
-        case exceptions.AMQPConnectionError(__cause__=ssl.SSLError() as tls):
-            return f"TLS with {broker} failed: {getattr(tls, 'verify_message', tls.reason)}"
-        case exceptions.AMQPConnectionError(__cause__=OSError(errno=number)):
-            reason = os.strerror(number) if number else "no answer at any of its addresses"
-            return f"no connection to {broker}: {reason}. Is RabbitMQ running there?"
-        case exceptions.AMQPConnectionError(__cause__=asyncio.IncompleteReadError()):
-            pass  # the library's own words only count bytes
-        case exceptions.AMQPError(args=[*_, str(reason)]):  # in the broker's own words
-            return f"{broker}: {reason}"
-        case OSError() if not isinstance(error, ConnectionError):
-            why = getattr(error, "reason", error.strerror)
-            return f"cannot use the certificates that the URL names: {why}"
-    return f"the conversation with {broker} broke off before it confirmed the message"
+            words, unsure = "no such vhost, or not for this user, or too many connections", ""
+        case OSError() if "Connect call failed" in str(error):  # for each address of the host
+            words, unsure = "Connection refused. Is RabbitMQ running there?", ""
+        case exceptions.AMQPChannelError() | exceptions.ProbableAuthenticationError():
+            words, unsure = str(error), ""
+        case OSError(strerror=str(words)) if not isinstance(error, exceptions.ConnectionClosed):
+            unsure = ""
+    return f"{re.sub('(?s)//.*@', '//', where)}: {words}{unsure}"
 
 
-def printable(body: bytes) -> str:
-    """Decode UTF-8; escape all else, and what does more to a terminal than show."""
-    text = body.decode(errors="backslashreplace")
-    if text.isprintable():
-        return text
-    return re.sub(
-        r"[^\t\n -~]",
-        lambda c: c[0] if c[0].isprintable() else c[0].encode("unicode_escape").decode(),
-        text,
+def say(line: str, stream: TextIO) -> None:
+    """Print one harmless line. A stream that is closed (None) or that nobody reads is no error."""
+    shown = "".join(
+        c if c.isprintable() or category(c) == "Zs" or c in "\t\u200c\u200d" else repr(c)[1:-1]
+        for c in line
     )
-
-
-def tell(line: str) -> None:
-    """Print one harmless line on stderr, if there is one to print on."""
-    with suppress(OSError):
-        if sys.stderr:
-            print(
-                printable(line.encode(errors="backslashreplace")).replace("\n", " "),
-                file=sys.stderr,
-            )
+    with suppress(AttributeError, OSError if stream is sys.stderr else BrokenPipeError):
+        shown = shown.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
+        print(shown, file=stream, flush=True)
 
 
 def main() -> int:
     """Run the command line and return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    usage = "%(prog)s [--url URL] [--] [message ...]"
+    parser = ArgumentParser(usage=usage, description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("message", nargs="*", help="the words of it; none: Hello World!")
     parser.add_argument("--url", default=os.getenv("AMQP_URL", "amqp://guest:guest@localhost/"))
     args = parser.parse_args()
     body = os.fsencode(" ".join(args.message) if any(args.message) else "Hello World!")
-
-    logging.disable()  # aio-pika also logs what is told here, with tracebacks
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
+    logging.disable()  # the libraries also log, with tracebacks, what is told here
+    where = args.url
     try:
-        if not (urlsplit(args.url).hostname and args.url.startswith(("amqp://", "amqps://"))):
+        if not re.fullmatch("amqps?://([^/?#]*@)?[^/:@][^@]*", args.url):
             raise ValueError
-        # Not asyncio.run: it would wait for what a broker that fell silent holds up.
-        received = asyncio.Runner().run(emit_log(args.url, body))
-    except ValueError:
-        tell("emit_log.py: the URL has to look like amqp://user:password@host:port/vhost")
+        routed = asyncio.Runner().run(asyncio.wait_for(emit_log(args.url, body), TIMEOUT))
+        where = "sent, but cannot write to stdout"
+        say(" [x] Sent " + body.decode(errors="backslashreplace"), sys.stdout)
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
+        say(f"emit_log.py: {explain(error, where)}", sys.stderr)
         return 1
-    except (*exceptions.CONNECTION_EXCEPTIONS, asyncio.CancelledError) as error:
-        tell(f"emit_log.py: {explain(error, args.url)}")
-        return 1
-
-    try:
-        print(f" [x] Sent {printable(body)}", flush=True)
-    except BrokenPipeError:
-        pass  # it is sent, even if nobody wants to know
-    except OSError as error:
-        tell(f"emit_log.py: sent, but cannot write to stdout: {error.strerror}")
-        return 1
-    if not received:
-        tell("emit_log.py: no receiver is listening, so the broker discarded the message")
+    if not routed:
+        say("emit_log.py: no receiver is listening: the broker discarded the message", sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-    except KeyboardInterrupt:
-        status = 130
-    # Not sys.exit: it would wait for the same, and flush once more to a full disk.
-    os._exit(status)
+    os._exit(main())  # sys.exit, like asyncio.run above, would wait for threads that DNS holds up

@@ -1,9 +1,8 @@
-"""A private RabbitMQ node with a TLS listener, for the whole run, and the scripts on it.
+"""A private RabbitMQ node with a TLS listener for the whole run, and the scripts on it.
 
-With pytest-xdist each of its workers has such a node.
+Each worker of pytest-xdist has such a node.
 """
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -19,7 +18,7 @@ from port_for import get_port
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 from scripts import Pair
 
-# Started from a background job, this process ignores SIGINT, and what it starts would too.
+# Started from a background job, this process ignores SIGINT, and so would what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -51,7 +50,7 @@ class Tls:
 
 @pytest.fixture(scope="session")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
-    """Configure a TLS listener, before the node starts."""
+    """Configure the node before it starts: a TLS listener, and nothing shared with other nodes."""
     folder = tmp_path_factory.mktemp("tls")
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")
@@ -67,7 +66,11 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
         f"ssl_options.keyfile = {folder}/key.pem\n"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(os.environ, "RABBITMQ_CONFIG_FILE", str(folder / "rabbitmq.conf"))
+        patch.setenv("RABBITMQ_CONFIG_FILE", str(folder / "rabbitmq.conf"))
+        # A stopped node takes the epmd that it has started with it. Nodes that share one
+        # would lose their registration, and then rabbitmqctl does not find them.
+        patch.setenv("ERL_EPMD_PORT", str(get_port(None)))
+        patch.setenv("HOME", str(folder))  # for Erlang's cookie
         yield Tls(port, folder / "ca.pem")
 
 
@@ -96,6 +99,6 @@ def channel(url: str) -> Iterator[BlockingChannel]:
 
 @pytest.fixture
 def pair(url: str, tmp_path: Path) -> Iterator[Pair]:
-    """Return the pair on the node; what a test starts ends with the test."""
+    """Return the pair on the node. What a test starts ends with the test."""
     with ExitStack() as running:
         yield Pair(url, tmp_path, running)

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 EMIT_LOG = ROOT / "emit_log.py"
 RECEIVE_LOGS = ROOT / "receive_logs.py"
 WAITING = " [*] Waiting for logs. To exit press CTRL+C\n"
+LOST = "receive_logs.py: lost the broker or the queue: logs are missed until it waits again\n"
 
 T = TypeVar("T")
 
@@ -21,8 +22,8 @@ T = TypeVar("T")
 def eventually(condition: Callable[[], T], seconds: float = 60) -> T:
     """Return what `condition` returns as soon as that is true.
 
-    Raises AssertionError if it never is. The bound is only there to end a hopeless
-    wait, and far beyond what a busy machine needs.
+    Raises AssertionError if it never is. The bound only ends a hopeless wait. It is far
+    beyond what a busy machine needs.
     """
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -39,7 +40,7 @@ def user_environment(**variables: str) -> dict[str, str]:
 
 @contextmanager
 def full_pipe() -> Iterator[int]:
-    """Give the writing end of a pipe that takes no byte more, for nobody reads it."""
+    """Give the writing end of a pipe that nobody reads and that takes no byte more."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with suppress(BlockingIOError):
@@ -56,7 +57,7 @@ def full_pipe() -> Iterator[int]:
 class Script:
     """A running script whose stdout and stderr go to files, unless told otherwise.
 
-    A context manager: it is killed at the end if it still runs.
+    A context manager: at the end it kills the script if that still runs.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Script:
         return self.process.wait(seconds)
 
     def waiting(self, times: int = 1) -> "Script":
-        """Wait until a receiver has subscribed that many times."""
+        """Wait until a receiver has subscribed that many times, and return it."""
 
         def subscribed() -> bool:
             assert self.process.poll() is None, f"ended: {self.err}"
@@ -103,8 +104,8 @@ class Script:
         eventually(subscribed)
         return self
 
-    def printed(self, out: bytes) -> None:
-        """Wait until stdout holds exactly `out`."""
+    def assert_prints(self, out: bytes) -> None:
+        """Wait until stdout is long enough, and check that it holds exactly `out`."""
         try:
             eventually(lambda: len(self.out) >= len(out))
         finally:
@@ -134,7 +135,7 @@ class Pair:
     def start(
         self, script: Path, *arguments: str | bytes, stdout: int | None = None, **variables: str
     ) -> Script:
-        """Start a script, to be killed with the ExitStack."""
+        """Start a script. It is killed with the ExitStack."""
         variables = {"AMQP_URL": self.url} | variables
         return self.running.enter_context(
             Script(script, self.folder, *arguments, stdout=stdout, **variables)
@@ -151,3 +152,7 @@ class Pair:
         script = self.start(EMIT_LOG, *arguments, stdout=stdout, **variables)
         script.ended()
         return script
+
+    def emit_until_routed(self, message: str) -> None:
+        """Emit a message again and again until somebody receives it."""
+        eventually(lambda: self.emit(message).err == "")

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterator
+from pathlib import Path
+from unicodedata import category
 
 import pexpect
 import psutil
@@ -61,7 +63,7 @@ def stall(channel: BlockingChannel, pipe: int) -> bytes:
     return b" [x] %s\n" % body
 
 
-def test_paused_outputs_lose_nothing(
+def test_a_long_pause_of_stdout_loses_nothing(
     pair: Pair, stalled: tuple[Script, int], channel: BlockingChannel
 ) -> None:
     receiver, pipe = stalled
@@ -86,40 +88,56 @@ def test_paused_outputs_lose_nothing(
         assert terminal.before == b"".join(line + b"\r\n" for line in lines[:-1])
 
 
-def test_large_messages_stay_at_the_broker(
+def test_large_messages_wait_at_the_broker_while_stdout_is_paused(
     stalled: tuple[Script, int], channel: BlockingChannel
 ) -> None:
     receiver, pipe = stalled
-    publish(channel, *[b"%-*d" % (2**20, number) for number in range(1_000)])
+    publish(channel, *[b"%-*d" % (2**20, number) for number in range(600)])
     with open(pipe, "rb", closefd=False) as out:
-        for number in range(1_000):
+        for number in range(600):
             assert out.readline() == b" [x] %-*d\n" % (2**20, number)
     assert receiver.err == WAITING
     assert receiver.peak_memory() < 500
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)]
-)
-def test_signals_end_it_while_stdout_is_stalled(
-    stalled: tuple[Script, int], channel: BlockingChannel, number: int, status: int
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_receiver_whose_stdout_is_stalled(
+    stalled: tuple[Script, int], channel: BlockingChannel, number: signal.Signals
 ) -> None:
     receiver, pipe = stalled
     stall(channel, pipe)
     receiver.process.send_signal(number)
-    assert receiver.ended() == status
+    assert receiver.ended() == 0
     assert receiver.err == WAITING
+
+
+def test_a_signal_ends_a_receiver_whose_stderr_is_stalled(pair: Pair) -> None:
+    command = f"exec '{sys.executable}' '{RECEIVE_LOGS}' 2>&{{}}"
+    with (
+        full_pipe() as pipe,
+        subprocess.Popen(
+            ["bash", "-c", command.format(pipe)],
+            env=user_environment(AMQP_URL=pair.url),
+            stdout=subprocess.PIPE,
+            pass_fds=[pipe],
+        ) as receiver,
+    ):
+        pair.emit_until_routed("received")
+        assert receiver.stdout
+        assert receiver.stdout.readline() == b" [x] received\n"
+        receiver.terminate()
+        assert receiver.wait(60) == 0
 
 
 def test_ctrl_c_ends_an_emitter_that_cannot_print(pair: Pair) -> None:
     receiver = pair.receive()
     with full_pipe() as pipe:
         emitter = pair.start(EMIT_LOG, "stuck", stdout=pipe)
-        receiver.printed(b" [x] stuck\n")
+        receiver.assert_prints(b" [x] stuck\n")
         stuck = psutil.Process(emitter.process.pid)
         eventually(lambda: stuck.status() == psutil.STATUS_SLEEPING and not stuck.net_connections())
         emitter.process.send_signal(signal.SIGINT)
-        assert emitter.ended() == 130
+        assert emitter.ended() == -signal.SIGINT
         assert emitter.err == ""
 
 
@@ -134,7 +152,7 @@ def test_ctrl_c_tears_no_line(stalled: tuple[Script, int], channel: BlockingChan
     assert receiver.ended() == 0
 
 
-def test_reader_gone(pair: Pair) -> None:
+def test_a_receiver_ends_quietly_once_nobody_reads_stdout(pair: Pair) -> None:
     command = f"'{sys.executable}' '{RECEIVE_LOGS}' | head -n 1; echo ${{PIPESTATUS[0]}}"
     with subprocess.Popen(
         ["bash", "-c", command],
@@ -152,7 +170,18 @@ def test_reader_gone(pair: Pair) -> None:
         assert pipeline.stderr.read() == b""
 
 
-def test_disk_full(pair: Pair) -> None:
+def test_an_emitter_whose_reader_is_gone_succeeds_quietly(pair: Pair) -> None:
+    receiver = pair.receive()
+    reading, writing = os.pipe()
+    os.close(reading)
+    emitter = pair.emit("unread", stdout=writing)
+    os.close(writing)
+    assert emitter.ended() == 0
+    assert emitter.err == ""
+    receiver.assert_prints(b" [x] unread\n")
+
+
+def test_a_full_disk_is_told(pair: Pair) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     receiver = pair.receive(stdout=full)
     emitter = pair.emit("too much", stdout=full)
@@ -163,7 +192,7 @@ def test_disk_full(pair: Pair) -> None:
         assert script.err.removeprefix(WAITING).count("\n") == 1
 
 
-def test_disk_that_takes_half_a_line(pair: Pair) -> None:
+def test_a_disk_that_takes_half_a_line_is_told(pair: Pair) -> None:
     receiver = pair.receive(PYTHONUNBUFFERED="1")
     resource.prlimit(receiver.process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
     pair.emit("x" * 2000)
@@ -171,7 +200,7 @@ def test_disk_that_takes_half_a_line(pair: Pair) -> None:
     assert receiver.err == WAITING + "receive_logs.py: cannot write to stdout: File too large\n"
 
 
-def test_no_stdout(pair: Pair) -> None:
+def test_a_closed_stdout_is_told(pair: Pair) -> None:
     command = ["bash", "-c", f"exec '{sys.executable}' '{RECEIVE_LOGS}' >&-"]
     run = subprocess.run(
         command, env=user_environment(AMQP_URL=pair.url), stderr=subprocess.PIPE, check=False
@@ -180,13 +209,34 @@ def test_no_stdout(pair: Pair) -> None:
     assert run.stderr == b"receive_logs.py: stdout is closed\n"
 
 
+def test_an_emitter_whose_stderr_is_full_succeeds(pair: Pair) -> None:
+    eventually(lambda: pair.emit("is anybody left?").err)  # so that it has something to say
+    command = f"exec '{sys.executable}' '{EMIT_LOG}' 2>/dev/full"
+    run = subprocess.run(
+        ["bash", "-c", command], env=user_environment(AMQP_URL=pair.url), check=False
+    )
+    assert run.returncode == 0
+
+
+def test_a_closed_stderr_changes_nothing_on_stdout(pair: Pair, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = f"exec '{sys.executable}' '{RECEIVE_LOGS}' >'{log}' 2>&-"
+    with subprocess.Popen(
+        ["bash", "-c", command], env=user_environment(AMQP_URL=pair.url)
+    ) as receiver:
+        pair.emit_until_routed("received")
+        eventually(lambda: log.read_bytes() == b" [x] received\n")
+        receiver.terminate()
+        assert receiver.wait(60) == 0
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp437"])
-def test_stdout_that_cannot_encode(pair: Pair, encoding: str) -> None:
+def test_what_stdout_cannot_encode_is_escaped(pair: Pair, encoding: str) -> None:
     receiver = pair.receive(PYTHONIOENCODING=encoding)
     emitter = pair.emit("10 \u20ac", b"\xff", PYTHONIOENCODING=encoding)
     assert emitter.ended() == 0
     assert emitter.out == b" [x] Sent 10 \\u20ac \\xff\n"
-    receiver.printed(b" [x] 10 \\u20ac \\xff\n")
+    receiver.assert_prints(b" [x] 10 \\u20ac \\xff\n")
 
 
 @pytest.mark.parametrize(
@@ -206,21 +256,48 @@ def test_stdout_that_cannot_encode(pair: Pair, encoding: str) -> None:
             "caf\u00e9 \U0001f600 \u65e5\u672c".encode(),
             " [x] caf\u00e9 \U0001f600 \u65e5\u672c\n".encode(),
         ),
+        (
+            "20\u202f%\u00a0\u3000 \u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f52c".encode(),
+            " [x] 20\u202f%\u00a0\u3000 \u0645\u06cc\u200c\u062e "
+            "\U0001f469\u200d\U0001f52c\n".encode(),
+        ),
         (b"8 MiB " * (2**23 // 6), b" [x] " + b"8 MiB " * (2**23 // 6) + b"\n"),
     ],
     ids=lambda value: str(value[:20]),
 )
-def test_lines(pair: Pair, channel: BlockingChannel, body: bytes, line: bytes) -> None:
+def test_a_body_becomes_harmless_lines(
+    pair: Pair, channel: BlockingChannel, body: bytes, line: bytes
+) -> None:
     receiver = pair.receive(PYTHONIOENCODING="utf-8")
     publish(channel, body)
-    receiver.printed(line)
+    receiver.assert_prints(line)
 
 
-def test_the_emitter_echoes_harmlessly(pair: Pair) -> None:
-    assert pair.emit("\x1b[2J\r", PYTHONIOENCODING="utf-8").out == rb" [x] Sent \x1b[2J\r" + b"\n"
+@pytest.mark.parametrize("byte", [b"\0", b"\xff", b"\n", b"\xe2\x80\xae"])
+def test_one_message_cannot_fill_the_memory(
+    pair: Pair, channel: BlockingChannel, byte: bytes
+) -> None:
+    receiver = pair.receive()
+    publish(channel, byte * (2**24 // len(byte)), b"after it")
+    eventually(lambda: receiver.out[-15:].endswith(b" [x] after it\n"))
+    assert receiver.peak_memory() < 400
 
 
-def test_random_bytes(pair: Pair, channel: BlockingChannel) -> None:
+@pytest.mark.parametrize(
+    ("words", "echo"),
+    [
+        ("\x1b[2J\r", rb"\x1b[2J\r"),
+        ("ok\n [x] Sent fine", rb"ok\n [x] Sent fine"),
+        ("20\u202f%\u3000\u200c", "20\u202f%\u3000\u200c".encode()),
+    ],
+)
+def test_the_echo_of_the_emitter_is_one_harmless_line(pair: Pair, words: str, echo: bytes) -> None:
+    assert pair.emit(words, PYTHONIOENCODING="utf-8").out == b" [x] Sent " + echo + b"\n"
+
+
+def test_random_bytes_are_printed_once_in_order_and_harmless(
+    pair: Pair, channel: BlockingChannel
+) -> None:
     receiver = pair.receive(PYTHONIOENCODING="utf-8")
     counted = itertools.count()
     seen = 0
@@ -238,7 +315,8 @@ def test_random_bytes(pair: Pair, channel: BlockingChannel) -> None:
         lines = receiver.out[seen:].decode().removesuffix("\n").split("\n")
         seen = len(receiver.out)
 
-        assert all(c.isprintable() or c == "\t" for line in lines for c in line)
+        shown = {c for line in lines for c in line if not c.isprintable()}
+        assert shown - {"\t", "\u200c", "\u200d"} == {c for c in shown if category(c) == "Zs"}
         for body in [*numbered, last]:
             number = body.partition(b":")[0].decode()
             assert lines.pop(0).startswith(f" [x] {number}:")

@@ -1,0 +1,78 @@
+"""A way to the broker that can be cut at an exact byte."""
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+
+class Relay(threading.Thread):
+    """Passes on what a script and the broker say, one connection after the other.
+
+    The nth of `cuts` is the number of bytes that the broker may say on the nth connection.
+    Then the relay hangs up, so that the script sees the last byte and the end in the same
+    moment; or, if it is silent, it keeps the connection and passes on nothing more.
+    """
+
+    def __init__(self, port: int, *cuts: int, silent: bool = False) -> None:
+        super().__init__(daemon=True)
+        self.port = port
+        self.cuts = list(cuts)
+        self.silent = silent
+        self.said: list[bytes] = []
+        self.script: subprocess.Popen[bytes] | None = None
+        self.listener = socket.create_server(("localhost", 0))
+        self.url = f"amqp://localhost:{self.listener.getsockname()[1]}/"
+        self.start()
+
+    def run(self) -> None:
+        """Serve one connection after the other."""
+        while True:
+            client, _ = self.listener.accept()
+            cut = self.cuts.pop(0) if self.cuts else sys.maxsize
+            broker = socket.create_connection(("localhost", self.port))
+            with broker, client, suppress(OSError):
+                self.serve(client, broker, cut)
+
+    def serve(self, client: socket.socket, broker: socket.socket, cut: int) -> None:
+        """Pass on what both say, until one goes away or the cut comes."""
+        self.said.append(b"")
+        while len(self.said[-1]) < cut:
+            for speaks in select.select([broker, client], [], [])[0]:
+                words = speaks.recv(4096)
+                if not words:
+                    return
+                if speaks is client:
+                    broker.sendall(words)
+                    continue
+                words = words[: cut - len(self.said[-1])]
+                self.said[-1] += words
+                if len(self.said[-1]) == cut and not self.silent:
+                    self.say_and_hang_up(client, words)
+                else:
+                    client.sendall(words)
+        while client.recv(4096):
+            pass
+
+    def say_and_hang_up(self, client: socket.socket, words: bytes) -> None:
+        """Let the script find the words and the end of the connection at once."""
+        assert self.script
+        os.kill(self.script.pid, signal.SIGSTOP)
+        client.sendall(words)
+        client.shutdown(socket.SHUT_WR)
+        os.kill(self.script.pid, signal.SIGCONT)
+
+
+def frame_ends(talk: bytes) -> list[int]:
+    """Return at which byte each of the AMQP frames in it ends."""
+    ends = []
+    end = 0
+    while end < len(talk):
+        # A type, a channel and a length come before the payload, and a mark after it.
+        end += 7 + int.from_bytes(talk[end + 3 : end + 7], "big") + 1
+        ends.append(end)
+    return ends
