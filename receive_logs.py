@@ -96,18 +96,18 @@ def print_logs(backlog: Queue[DeliveredMessage | None]) -> str:
     """Print and acknowledge until None comes; return in words what is wrong with stdout."""
     if not sys.stdout:
         return "stdout is closed"
-    # With PYTHONUNBUFFERED, sys.stdout loses in silence what a nearly full disk does not take.
-    stdout = os.fdopen(1, "w", 2**16, sys.stdout.encoding, "backslashreplace")
+    # With PYTHONUNBUFFERED, it would lose in silence what a nearly full disk does not take.
+    sys.stdout = os.fdopen(1, "w", 2**16, sys.stdout.encoding, "backslashreplace")
     try:
         while message := backlog.get():
             text = message.body.decode(errors="backslashreplace").removesuffix("\n")
-            print(" [x]", text if text.isprintable() else text.translate(ESCAPES), file=stdout)
+            print(" [x]", text if text.isprintable() else text.translate(ESCAPES))
             if backlog.empty():
-                stdout.flush()
+                sys.stdout.flush()
                 ack = message.channel.basic_ack(message.delivery_tag or 0, multiple=True)
                 message.channel.loop.call_soon_threadsafe(asyncio.ensure_future, ack)
                 time.sleep(0.01)  # makes batches of bursts: without it, half as much CPU again
-        stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         pass  # nobody reads it any more
     except OSError as error:

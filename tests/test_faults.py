@@ -16,6 +16,7 @@ import pytest
 from conftest import Tls
 from mirakuru.exceptions import ProcessExitedWithError, ProcessFinishedWithError
 from pika.adapters.blocking_connection import BlockingChannel
+from pika.exceptions import NackError
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 from relay import Relay, frame_ends
 from scripts import (
@@ -244,8 +245,10 @@ def test_undecodable_messages_make_a_receiver_subscribe_again_once_a_second_at_m
     relay = Relay(broker.port)
     begun = time.monotonic()
     receiver = pair.receive("--url", relay.url)
+    year_10000 = pika.BasicProperties(timestamp=2**60)
     while len(relay.said) < 4:
-        publish(pair, b"from the year 10000", properties=pika.BasicProperties(timestamp=2**60))
+        with suppress(NackError):  # of RabbitMQ 4.3, for a queue that is just going away
+            publish(pair, b"undecodable", properties=year_10000)
     assert len(relay.said) <= 2 + time.monotonic() - begun
     receiver.waiting(times=len(relay.said))
     assert receiver.err == WAITING + (LOST + WAITING) * (len(relay.said) - 1)
