@@ -33,7 +33,7 @@ async def emit_log(url: str, body: bytes) -> bool:
     Raises aio-pika's exceptions, and aiormq's bare Exception if the broker hangs up on us.
     """
     # Not connect_robust: it would connect again in silence, but not publish again.
-    connection = await connect(url)
+    connection = await asyncio.shield(connect(url))  # behind TLS, cancelling it takes 30 s
     try:
         channel = await connection.channel()
         logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
@@ -41,12 +41,12 @@ async def emit_log(url: str, body: bytes) -> bool:
         confirm = await logs_exchange.publish(message, routing_key="")
         return not isinstance(confirm, DeliveredMessage)  # it comes back if no queue is bound
     finally:
-        # A broker behind TLS that fell silent would hold up an unbounded goodbye for 30 s.
+        # If a broker behind TLS is silent, a goodbye without a limit takes 30 s.
         await asyncio.wait({asyncio.create_task(connection.close())}, timeout=1)
 
 
 def explain(error: BaseException, where: str) -> str:
-    """Say in plain words, without the user and password, what went wrong."""
+    """Say in plain words what went wrong, without the user and password of the URL."""
     words, unsure = "the connection broke off", "; the message may or may not have been sent"
     match error:
         case ValueError():
@@ -57,10 +57,10 @@ def explain(error: BaseException, where: str) -> str:
             words, unsure = "the broker rejected the message for at least one queue", ""
         case exceptions.InvalidFrameError() if "OpenOk" in str(error):
             words, unsure = "no such vhost, or not for this user, or too many connections", ""
-        case OSError() if "Connect call failed" in str(error):  # for each address of the host
-            words, unsure = "Connection refused. Is RabbitMQ running there?", ""
+        case OSError() if failed := re.search(r"Errno (\d+)] Connect call failed", str(error)):
+            words, unsure = f"{os.strerror(int(failed[1]))}. Is RabbitMQ running there?", ""
         case exceptions.AMQPChannelError() | exceptions.ProbableAuthenticationError():
-            words, unsure = str(error), ""
+            words, unsure = str(error.args[-1]), ""
         case OSError(strerror=str(words)) if not isinstance(error, exceptions.ConnectionClosed):
             unsure = ""
     return f"{re.sub('(?s)//.*@', '//', where)}: {words}{unsure}"

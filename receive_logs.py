@@ -30,24 +30,24 @@ from unicodedata import category
 from aio_pika import ExchangeType, connect, exceptions
 from aiormq.abc import ConsumerCallback, DeliveredMessage
 
-TIMEOUT = 10  # seconds, from the connection to the consumer
+TIMEOUT = 10  # seconds, to connect and subscribe
 PREFETCH = 300  # messages ahead of what is printed; what is more waits at the broker
 REFUSALS = exceptions.ProbableAuthenticationError, exceptions.ChannelPreconditionFailed
 STDERR = futures.ThreadPoolExecutor(1)  # a paused terminal must not stop the event loop
 
 
 async def subscribe_once(url: str, on_message: ConsumerCallback, limit: asyncio.Timeout) -> None:
-    """Subscribe to the logs, lift the limit of time, and return when the subscription is lost.
+    """Subscribe to the logs, lift the time limit, and return when the subscription is lost.
 
     Raises aio-pika's exceptions, and aiormq's bare Exception if the broker hangs up on us.
     """
     # Not connect_robust: it names the queue itself, and subscribes again in silence, with a gap.
-    connection = await connect(url)
+    connection = await asyncio.shield(connect(url, timeout=TIMEOUT))  # TLS takes 30 s to cancel
     try:
         channel = await connection.channel()
         await channel.set_qos(prefetch_count=PREFETCH)
         logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
-        # Without a name the server chooses one; exclusive, it is deleted with the connection.
+        # No name: the server chooses one. Exclusive: it is deleted with the connection.
         queue = await channel.declare_queue(exclusive=True)
         await queue.bind(logs_exchange, routing_key="")
         # The channel of aiormq, below aio-pika's: a message costs 66 µs of CPU there, 92 with
@@ -61,7 +61,7 @@ async def subscribe_once(url: str, on_message: ConsumerCallback, limit: asyncio.
         await asyncio.wait({lost})
         tell("receive_logs.py: lost the broker or the queue: logs are missed until it waits again")
     finally:
-        # A broker behind TLS that fell silent would hold up an unbounded goodbye for 30 s.
+        # If a broker behind TLS is silent, a goodbye without a limit takes 30 s.
         await asyncio.wait({asyncio.create_task(connection.close())}, timeout=1)
 
 
@@ -82,10 +82,10 @@ async def subscribe_for_ever(url: str, backlog: Queue[DeliveredMessage | None]) 
             subscribed = True
         except (Exception, asyncio.CancelledError) as error:
             if (task := asyncio.current_task()) and task.cancelling():
-                raise  # a signal ends us; else it is aiormq that cancels, after a lost heartbeat
+                raise  # main() cancels us; else it is aiormq, after a lost heartbeat
             if not subscribed or isinstance(error, REFUSALS):
                 return explain(error, url)
-        # However often it is lost while stdout is paused, no more than these stay in memory.
+        # While stdout is paused, drop the newest beyond these, so that memory stays bounded.
         with backlog.mutex:
             while len(backlog.queue) > PREFETCH:
                 backlog.queue.pop()
@@ -106,7 +106,7 @@ def print_logs(backlog: Queue[DeliveredMessage | None]) -> str:
                 sys.stdout.flush()
                 ack = message.channel.basic_ack(message.delivery_tag or 0, multiple=True)
                 message.channel.loop.call_soon_threadsafe(asyncio.ensure_future, ack)
-                time.sleep(0.01)  # makes batches of bursts: without it, half as much CPU again
+                time.sleep(0.01)  # lets a burst become a batch: without it, 50 % more CPU
         sys.stdout.flush()
     except BrokenPipeError:
         pass  # nobody reads it any more
@@ -133,7 +133,7 @@ def tell(line: str) -> futures.Future[None]:
 
 
 def explain(error: BaseException, url: str) -> str:
-    """Say in plain words, without the user and password, what went wrong."""
+    """Say in plain words what went wrong, without the user and password of the URL."""
     words = "the connection broke off"
     match error:
         case ValueError():
@@ -142,10 +142,10 @@ def explain(error: BaseException, url: str) -> str:
             words = f"no answer within {TIMEOUT} s. Is it RabbitMQ?"
         case exceptions.InvalidFrameError() if "OpenOk" in str(error):
             words = "no such vhost, or not for this user, or too many connections"
-        case OSError() if "Connect call failed" in str(error):  # for each address of the host
-            words = "Connection refused. Is RabbitMQ running there?"
+        case OSError() if failed := re.search(r"Errno (\d+)] Connect call failed", str(error)):
+            words = f"{os.strerror(int(failed[1]))}. Is RabbitMQ running there?"
         case exceptions.AMQPChannelError() | exceptions.ProbableAuthenticationError():
-            words = str(error)
+            words = str(error.args[-1])
         case OSError(strerror=str(words)):  # of the system, TLS or the broker
             pass
     return f"{re.sub('(?s)//.*@', '//', url)}: {words}"

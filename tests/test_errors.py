@@ -2,6 +2,7 @@
 
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -228,6 +229,23 @@ def test_a_server_that_is_not_rabbitmq_gives_one_plain_line(
         line = error_line(pair.start(script, "--url", address))
     assert told in line
     assert line.endswith(UNSURE) == (script == EMIT_LOG)
+
+
+def test_a_server_that_is_silent_behind_tls_is_given_up(pair: Pair, tls: Tls) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tls.cafile.with_name("cert.pem"), tls.cafile.with_name("key.pem"))
+    with (
+        socket.create_server(("localhost", 0)) as plain,
+        context.wrap_socket(plain, server_side=True) as listener,
+    ):
+        address = tls.url.replace(str(tls.port), str(plain_port := listener.getsockname()[1]))
+        scripts = [pair.start(script, "--url", address) for script in (EMIT_LOG, RECEIVE_LOGS)]
+        silent = [listener.accept()[0] for _ in scripts]
+        for script in scripts:
+            assert script.ended(25) == 1  # asyncio alone would wait for 30 s more
+            assert f":{plain_port}/" in error_line(script)
+        for connection in silent:
+            connection.close()
 
 
 def test_a_server_that_is_silent_is_given_up(pair: Pair) -> None:
