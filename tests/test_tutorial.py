@@ -156,7 +156,10 @@ def test_sigterm_ends_the_receiver_as_process_1_of_a_container(pair: Pair) -> No
         assert container.stderr.readline().decode() == WAITING
         [process_1] = psutil.Process(container.pid).children()
         process_1.terminate()
-        assert container.wait(60) == 0
+        try:
+            assert container.wait(30) == 0
+        finally:
+            container.kill()
 
 
 @pytest.fixture
