@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -223,6 +224,8 @@ def test_what_had_arrived_is_printed_before_a_refused_receiver_ends(
         eventually(lambda: b"PRECONDITION_FAILED" in relay.said[-1])
     finally:
         channel.exchange_delete("logs")
+    with pytest.raises(subprocess.TimeoutExpired):
+        receiver.ended(3)  # it waits for the pause to end, however long that is
     with os.fdopen(reading, "rb") as pipe:
         assert pipe.read() == line + b" [x] the last one\n"
     assert receiver.ended() == 1
