@@ -2,14 +2,12 @@
 
   python emit_log.py "disk almost full"
 
-The broker is --url, else the environment variable AMQP_URL, else
-amqp://guest:guest@localhost/ (amqp or amqps://user:password@host:port/vhost).
 Exit status: 0 confirmed by the broker, 1 error (one line on stderr), 2 usage.
 """
 
-import signal
+import signal  # first: CTRL+C in the slow imports below shall not print a traceback either
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # CTRL+C ends the imports and a shell loop as well
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that it ends a shell loop around this, too
 
 import asyncio
 import logging
@@ -18,88 +16,100 @@ import re
 import sys
 from argparse import ArgumentParser, RawTextHelpFormatter
 from contextlib import suppress
+from errno import EIO, EPIPE
 from typing import TextIO
 from unicodedata import category
 
 from aio_pika import ExchangeType, Message, connect, exceptions
-from aiormq.abc import DeliveredMessage
+from aiormq import spec
 
 TIMEOUT = 10  # seconds, for the whole conversation with the broker
+URL = os.getenv("AMQP_URL", "amqp://guest:guest@localhost/")
+# No "@" after the host: it would be part of a password whose "/" is not written as %2F.
+URL_FORM = r"amqps?://([^/?#]*@)?(\[[^]]*]|[^/:@[]+)(:[0-9]+)?([/?#][^@]*)?"
 
 
-async def emit_log(url: str, body: bytes) -> bool:
-    """Publish one message; return, after the publisher confirm, whether it was routed to a queue.
+async def emit_log(url: str, body: bytes, publishing: asyncio.Event) -> bool:
+    """Publish one message, wait for the publisher confirm, and return whether a queue got it.
 
-    Raises aio-pika's exceptions, and aiormq's bare Exception if the broker hangs up on us.
+    Sets `publishing` before the message can leave. Raises aio-pika's exceptions.
     """
-    # Not connect_robust: it would connect again in silence, but not publish again.
-    connection = await asyncio.shield(connect(url))  # behind TLS, cancelling it takes 30 s
-    try:
+    # Not connect_robust: it does not publish again. After 0.25 s, the host's next address is tried.
+    async with await connect(url, happy_eyeballs_delay=0.25) as connection:
         channel = await connection.channel()
         logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
         message = Message(body)
+        publishing.set()
         confirm = await logs_exchange.publish(message, routing_key="")
-        return not isinstance(confirm, DeliveredMessage)  # it comes back if no queue is bound
-    finally:
-        # If a broker behind TLS is silent, a goodbye without a limit takes 30 s.
-        await asyncio.wait({asyncio.create_task(connection.close())}, timeout=1)
+        return isinstance(confirm, spec.Basic.Ack)  # else it is our message, which no queue got
 
 
-def explain(error: BaseException, where: str) -> str:
-    """Say in plain words what went wrong, without the user and password of the URL."""
-    words, unsure = "the connection broke off", "; the message may or may not have been sent"
+def explain(error: BaseException, doing: str) -> str:
+    """Say in plain words what went wrong. (As in receive_logs.py: each file is used alone.)"""
+    words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     match error:
-        case ValueError():
-            return "the URL has to look like amqp://user:password@host:port/vhost"
+        case exceptions.DeliveryError():
+            return "the broker rejected the message for at least one queue"
+        case exceptions.AMQPChannelError():
+            return str(error.args[-1])  # in the broker's words
+        case exceptions.ProbableAuthenticationError() | exceptions.AuthenticationError():
+            return f"login refused ({error.args[0]}). Is it the right URL? See --url and AMQP_URL"
+        case exceptions.InvalidFrameError() if "OpenOk" in str(error):  # aiormq drops the reason
+            return "no such vhost, or not for this user, or too many connections"
+        case OSError() if refused := re.search(r"Errno (\d+)] Connect call failed", str(error)):
+            return f"{os.strerror(int(refused[1]))}. Is RabbitMQ running there?"
         case TimeoutError():
             words = f"no answer within {TIMEOUT} s (a memory or disk alarm, or not RabbitMQ)"
-        case exceptions.DeliveryError():
-            words, unsure = "the broker rejected the message for at least one queue", ""
-        case exceptions.InvalidFrameError() if "OpenOk" in str(error):
-            words, unsure = "no such vhost, or not for this user, or too many connections", ""
-        case OSError() if failed := re.search(r"Errno (\d+)] Connect call failed", str(error)):
-            words, unsure = f"{os.strerror(int(failed[1]))}. Is RabbitMQ running there?", ""
-        case exceptions.AMQPChannelError() | exceptions.ProbableAuthenticationError():
-            words, unsure = str(error.args[-1]), ""
-        case OSError(strerror=str(words)) if not isinstance(error, exceptions.ConnectionClosed):
-            unsure = ""
-    return f"{re.sub('(?s)//.*@', '//', where)}: {words}{unsure}"
+        case exceptions.ConnectionClosed():
+            words = str(error.args[-1])  # in the broker's words
+        case ConnectionError(strerror=None) | asyncio.CancelledError() | Exception(args=()):
+            words = "the server hung up"  # aiormq raises all three for that
+    return f"{words} while {doing}"
 
 
-def say(line: str, stream: TextIO) -> None:
-    """Print one harmless line. A stream that is closed (None) or that nobody reads is no error."""
+def write_line(stream: TextIO, line: str) -> None:
+    """Write a line, with escapes for what could harm a terminal. Raises OSError."""
     shown = "".join(
         c if c.isprintable() or category(c) == "Zs" or c in "\t\u200c\u200d" else repr(c)[1:-1]
         for c in line
     )
-    with suppress(AttributeError, OSError if stream is sys.stderr else BrokenPipeError):
-        shown = shown.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
-        print(shown, file=stream, flush=True)
+    shown = shown.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
+    os.set_blocking(stream.fileno(), True)  # or else print fails, if a shared pipe is non-blocking
+    print(shown, file=stream, flush=True)
 
 
-def main() -> int:
-    """Run the command line and return the exit status."""
+async def main() -> tuple[int, str]:
+    """Run the command line; return the exit status, and what to say on stderr."""
     usage = "%(prog)s [--url URL] [--] [message ...]"
     parser = ArgumentParser(usage=usage, description=__doc__, formatter_class=RawTextHelpFormatter)
-    parser.add_argument("message", nargs="*", help="the words of it; none: Hello World!")
-    parser.add_argument("--url", default=os.getenv("AMQP_URL", "amqp://guest:guest@localhost/"))
+    parser.add_argument("message", nargs="*", help="the words of the message (none: Hello World!)")
+    parser.add_argument("--url", default=URL, help="the broker (default: AMQP_URL, else localhost)")
     args = parser.parse_args()
     body = os.fsencode(" ".join(args.message) if any(args.message) else "Hello World!")
-    logging.disable()  # the libraries also log, with tracebacks, what is told here
-    where = args.url
+    logging.disable()  # or else the libraries log what is told here, with tracebacks
+    if not re.fullmatch(URL_FORM, args.url):
+        return 1, "the URL has to look like amqp://user:password@host:port/vhost"
+    publishing = asyncio.Event()
     try:
-        if not re.fullmatch("amqps?://([^/?#]*@)?[^/:@][^@]*", args.url):
-            raise ValueError
-        routed = asyncio.Runner().run(asyncio.wait_for(emit_log(args.url, body), TIMEOUT))
-        where = "sent, but cannot write to stdout"
-        say(" [x] Sent " + body.decode(errors="backslashreplace"), sys.stdout)
-    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
-        say(f"emit_log.py: {explain(error, where)}", sys.stderr)
-        return 1
-    if not routed:
-        say("emit_log.py: no receiver is listening: the broker discarded the message", sys.stderr)
-    return 0
+        # Shielded, for it is not worth waiting until it is cancelled: behind TLS, that takes 30 s.
+        emitting = asyncio.shield(emit_log(args.url, body, publishing))
+        routed = await asyncio.wait_for(emitting, TIMEOUT)
+    except (Exception, asyncio.CancelledError) as error:
+        stage = "publishing; the message may or may not have been sent"
+        words = explain(error, stage if publishing.is_set() else "connecting")
+        return 1, f"{re.sub('(?s)//.*@', '//', args.url)}: {words}"
+    try:
+        if sys.stdout:  # not closed
+            write_line(sys.stdout, " [x] Sent " + body.decode(errors="backslashreplace"))
+    except OSError as error:
+        if error.errno not in (EPIPE, EIO):  # these two: nobody reads the pipe or terminal any more
+            return 1, f"sent, but cannot write to stdout: {error.strerror}"
+    return 0, ("" if routed else "no receiver is listening: the broker discarded the message")
 
 
 if __name__ == "__main__":
-    os._exit(main())  # sys.exit, like asyncio.run above, would wait for threads that DNS holds up
+    status, complaint = asyncio.Runner().run(main())
+    with suppress(OSError):
+        if complaint and sys.stderr:
+            write_line(sys.stderr, f"emit_log.py: {complaint}")
+    os._exit(status)  # sys.exit and asyncio.run would wait for threads that are stuck in DNS

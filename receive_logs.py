@@ -3,178 +3,198 @@
   python receive_logs.py                          see the logs on the screen
   python receive_logs.py > logs_from_rabbit.log   direct the logs to disk
 
-The broker is --url, else the environment variable AMQP_URL, else
-amqp://guest:guest@localhost/ (amqp or amqps://user:password@host:port/vhost).
 Exit status: 0 after CTRL+C or SIGTERM, 1 error (one line on stderr), 2 usage.
 """
 
 import os
 import signal
 
-# CTRL+C ends the imports without a traceback, and SIGTERM also process 1 of a container.
+# Set before the slow imports: no traceback on CTRL+C, and process 1 of a container hears SIGTERM.
+# An ignored signal stays ignored, as CTRL+C is for what a shell script starts with "&".
 SIGNALS = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
 for number in SIGNALS:
     signal.signal(number, lambda *_: os._exit(0))
 
 import asyncio
+import codecs
 import logging
 import re
 import sys
 import time
-import warnings
 from argparse import ArgumentParser, RawTextHelpFormatter
-from concurrent import futures
+from collections.abc import Iterator
+from contextlib import suppress
+from errno import EIO, EPIPE
+from functools import cache
 from queue import Queue
 from unicodedata import category
 
-from aio_pika import ExchangeType, connect, exceptions
-from aiormq.abc import ConsumerCallback, DeliveredMessage
+from aio_pika import ExchangeType, abc, connect, exceptions
+from aiormq.abc import DeliveredMessage
 
 TIMEOUT = 10  # seconds, to connect and subscribe
-PREFETCH = 300  # messages ahead of what is printed; what is more waits at the broker
+PREFETCH = 300  # messages that are received but not yet printed; the others wait at the broker
+URL = os.getenv("AMQP_URL", "amqp://guest:guest@localhost/")
+# No "@" after the host: it would be part of a password whose "/" is not written as %2F.
+URL_FORM = r"amqps?://([^/?#]*@)?(\[[^]]*]|[^/:@[]+)(:[0-9]+)?([/?#][^@]*)?"
+LOST = "receive_logs.py: lost the queue and the logs in it; more are missed until the next Waiting"
 REFUSALS = exceptions.ProbableAuthenticationError, exceptions.ChannelPreconditionFailed
-STDERR = futures.ThreadPoolExecutor(1)  # a paused terminal must not stop the event loop
+Backlog = Queue[DeliveredMessage | str | None]  # to print: messages, our own lines; None: the end
 
 
-async def subscribe_once(url: str, on_message: ConsumerCallback, limit: asyncio.Timeout) -> None:
-    """Subscribe to the logs, lift the time limit, and return when the subscription is lost.
-
-    Raises aio-pika's exceptions, and aiormq's bare Exception if the broker hangs up on us.
-    """
-    # Not connect_robust: it names the queue itself, and subscribes again in silence, with a gap.
-    connection = await asyncio.shield(connect(url, timeout=TIMEOUT))  # TLS takes 30 s to cancel
-    try:
-        channel = await connection.channel()
-        await channel.set_qos(prefetch_count=PREFETCH)
-        logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
-        # No name: the server chooses one. Exclusive: it is deleted with the connection.
-        queue = await channel.declare_queue(exclusive=True)
-        await queue.bind(logs_exchange, routing_key="")
-        # The channel of aiormq, below aio-pika's: a message costs 66 µs of CPU there, 92 with
-        # queue.consume, and it alone tells when the broker cancels the consumer.
-        amqp_channel = await channel.get_underlay_channel()
-        lost = amqp_channel.closing
-        amqp_channel.on_consumer_cancel_callbacks.add(lambda _: lost.cancel())
-        await amqp_channel.basic_consume(queue.name, on_message)
-        limit.reschedule(None)
-        tell(" [*] Waiting for logs. To exit press CTRL+C")
-        await asyncio.wait({lost})
-        tell("receive_logs.py: lost the broker or the queue: logs are missed until it waits again")
-    finally:
-        # If a broker behind TLS is silent, a goodbye without a limit takes 30 s.
-        await asyncio.wait({asyncio.create_task(connection.close())}, timeout=1)
+async def receive_logs(connection: abc.AbstractConnection, backlog: Backlog) -> asyncio.Event:
+    """Subscribe: messages go into the backlog. Return an event that is set when that is lost."""
+    channel = await connection.channel()
+    await channel.set_qos(prefetch_count=PREFETCH)
+    logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
+    queue = await channel.declare_queue(exclusive=True)  # no name: the server chooses one
+    await queue.bind(logs_exchange, routing_key="")
+    return await consume(queue, backlog)
 
 
-async def subscribe_for_ever(url: str, backlog: Queue[DeliveredMessage | None]) -> str:
-    """Subscribe, and again whenever that is lost; return in words why it cannot go on."""
+async def consume(queue: abc.AbstractQueue, backlog: Backlog) -> asyncio.Event:
+    """Start a consumer, and return an event that is set when the consumer is lost."""
 
     async def on_message(message: DeliveredMessage) -> None:
         backlog.put(message)
 
-    if not re.fullmatch("amqps?://([^/?#]*@)?[^/:@][^@]*", url):
-        return explain(ValueError(), url)
-    subscribed = False
+    lost = asyncio.Event()
+    queue.channel.close_callbacks.add(lambda *_: lost.set())
+    # The channel of aiormq: it alone tells of a cancel, and takes 66 µs of CPU a message, not 92.
+    amqp_channel = await queue.channel.get_underlay_channel()
+    amqp_channel.on_consumer_cancel_callbacks.add(lambda _: lost.set())
+    await amqp_channel.basic_consume(queue.name, on_message)
+    return lost
+
+
+async def stay_subscribed(url: str, backlog: Backlog, stop: asyncio.Event) -> None:
+    """Subscribe, and again whenever that is lost. Return if the first try fails or on a refusal."""
+    subscribed, told = False, set[str]()  # told: each reason is told once
     while True:
-        pause = asyncio.create_task(asyncio.sleep(1))
+        next_try = time.monotonic() + 1
         try:
-            async with asyncio.timeout(TIMEOUT) as limit:
-                await subscribe_once(url, on_message, limit)
-            subscribed = True
+            # Not connect_robust: it comes back in silence, with a gap. A silent address of the host
+            # is passed over after 0.25 s. Shielded: behind TLS, cancelling takes 30 s.
+            connecting = asyncio.shield(connect(url, timeout=TIMEOUT, happy_eyeballs_delay=0.25))
+            async with asyncio.timeout(TIMEOUT) as limit, await connecting as connection:
+                lost = await receive_logs(connection, backlog)
+                limit.reschedule(None)  # subscribed: from here on, as long as it takes
+                subscribed, told = True, set[str]()
+                backlog.put(" [*] Waiting for logs. To exit press CTRL+C")
+                await lost.wait()
+                backlog.put(LOST)
         except (Exception, asyncio.CancelledError) as error:
-            if (task := asyncio.current_task()) and task.cancelling():
-                raise  # main() cancels us; else it is aiormq, after a lost heartbeat
+            if stop.is_set():
+                raise  # main has cancelled this; any other CancelledError is an error of aiormq
+            if (reason := explain(error, url)) not in told:
+                told.add(reason)
+                backlog.put(f"receive_logs.py: {reason}")
             if not subscribed or isinstance(error, REFUSALS):
-                return explain(error, url)
-        # While stdout is paused, drop the newest beyond these, so that memory stays bounded.
-        with backlog.mutex:
-            while len(backlog.queue) > PREFETCH:
-                backlog.queue.pop()
-        await pause  # at most one try a second
+                return
+        # One try a second at most. And if stdout is paused, the memory has to bear no more lines.
+        while time.monotonic() < next_try or backlog.qsize() > PREFETCH:
+            await asyncio.sleep(0.05)
 
 
-def print_logs(backlog: Queue[DeliveredMessage | None]) -> str:
-    """Print and acknowledge until None comes; return in words what is wrong with stdout."""
-    if not sys.stdout:
-        return "stdout is closed"
-    # With PYTHONUNBUFFERED, it would lose in silence what a nearly full disk does not take.
-    sys.stdout = os.fdopen(1, "w", 2**16, sys.stdout.encoding, "backslashreplace")
+def print_logs(backlog: Backlog) -> None:
+    """Print and acknowledge what comes, until None comes or nobody reads it. Raises OSError."""
     try:
-        while message := backlog.get():
-            text = message.body.decode(errors="backslashreplace").removesuffix("\n")
-            print(" [x]", text if text.isprintable() else text.translate(ESCAPES))
-            if backlog.empty():
-                sys.stdout.flush()
-                ack = message.channel.basic_ack(message.delivery_tag or 0, multiple=True)
-                message.channel.loop.call_soon_threadsafe(asyncio.ensure_future, ack)
-                time.sleep(0.01)  # lets a burst become a batch: without it, 50 % more CPU
-        sys.stdout.flush()
-    except BrokenPipeError:
-        pass  # nobody reads it any more
+        # Not sys.stdout: with PYTHONUNBUFFERED, it loses what a nearly full disk does not take.
+        with open(1, "w", 2**16, sys.stdout.encoding, "backslashreplace", closefd=False) as stdout:
+            while item := backlog.get():
+                os.set_blocking(1, True)  # another program on the terminal may have changed it
+                if isinstance(item, str):
+                    stdout.flush()
+                    say(item)
+                    continue
+                stdout.writelines(line(item.body))
+                if backlog.empty():
+                    stdout.flush()
+                    ack = item.channel.basic_ack(item.delivery_tag or 0, multiple=True)
+                    asyncio.run_coroutine_threadsafe(asyncio.wait_for(ack, 1), item.channel.loop)
+                    time.sleep(0.01)  # lets a burst become a batch
     except OSError as error:
-        return f"cannot write to stdout: {error.strerror}"
-    return ""
+        if error.errno not in (EPIPE, EIO) or os.path.isfile(1):  # else nobody reads it any more
+            say(f"receive_logs.py: cannot write to stdout: {error.strerror}")
+            raise
 
 
-class Escapes(dict[int, str]):
-    """For str.translate: what to show for a character (re.sub took 1.3 GiB for 16 MiB)."""
+def line(body: bytes) -> Iterator[str]:
+    """Give the line of a message, with escapes for what could harm a terminal."""
+    yield " [x] "
+    body = body.removesuffix(b"\n")
+    # Python hears a signal only between two steps. So each takes 10 ms, and not 12 s for 100 MiB.
+    pieces = (body[start : start + 2**16] for start in range(0, len(body), 2**16))
+    for text in codecs.iterdecode(pieces, "utf-8", "surrogateescape"):
+        yield text if text.isprintable() else "".join(map(shown, text))
+    yield "\n"
 
-    def __missing__(self, code: int) -> str:
-        c = chr(code)
-        shows = c.isprintable() or category(c) == "Zs" or c in "\t\u200c\u200d"
-        return self.setdefault(code, c if shows else repr(c)[1:-1])
+
+@cache
+def shown(c: str) -> str:
+    """Return what to show for a character."""
+    if c.isprintable() or category(c) == "Zs" or c in "\t\u200c\u200d":
+        return c
+    if c == "\n":
+        return "\n     "  # indented, a further line cannot pass for a message
+    return repr(c)[1:-1].replace(r"\udc", r"\x")  # surrogateescape makes U+DCFF of a byte 0xff
 
 
-ESCAPES = Escapes({ord("\n"): "\n     "})  # indented, further lines cannot pass for messages
-
-
-def tell(line: str) -> futures.Future[None]:
-    """Print one harmless line on stderr, in the background."""
-    return STDERR.submit(print, line.replace("\n", " ").translate(ESCAPES), file=sys.stderr)
+def say(words: str) -> None:
+    """Print one harmless line on stderr, if that is possible."""
+    with suppress(OSError, AttributeError):  # sys.stderr is None if it is closed
+        os.set_blocking(sys.stderr.fileno(), True)
+        print("".join(map(shown, words.replace("\n", " "))), file=sys.stderr)
 
 
 def explain(error: BaseException, url: str) -> str:
-    """Say in plain words what went wrong, without the user and password of the URL."""
-    words = "the connection broke off"
+    """Say in plain words what went wrong. (As in emit_log.py: each file can be copied alone.)"""
+    words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     match error:
-        case ValueError():
-            return "the URL has to look like amqp://user:password@host:port/vhost"
-        case TimeoutError():
-            words = f"no answer within {TIMEOUT} s. Is it RabbitMQ?"
-        case exceptions.InvalidFrameError() if "OpenOk" in str(error):
+        case exceptions.ProbableAuthenticationError() | exceptions.AuthenticationError():
+            words = f"login refused ({error.args[0]}). Is it the right URL? See --url and AMQP_URL"
+        case exceptions.InvalidFrameError() if "OpenOk" in str(error):  # aiormq drops the reason
             words = "no such vhost, or not for this user, or too many connections"
-        case OSError() if failed := re.search(r"Errno (\d+)] Connect call failed", str(error)):
-            words = f"{os.strerror(int(failed[1]))}. Is RabbitMQ running there?"
-        case exceptions.AMQPChannelError() | exceptions.ProbableAuthenticationError():
-            words = str(error.args[-1])
-        case OSError(strerror=str(words)):  # of the system, TLS or the broker
-            pass
-    return f"{re.sub('(?s)//.*@', '//', url)}: {words}"
+        case OSError() if refused := re.search(r"Errno (\d+)] Connect call failed", str(error)):
+            words = f"{os.strerror(int(refused[1]))}. Is RabbitMQ running there?"
+        case TimeoutError():
+            words = f"no answer within {TIMEOUT} s while connecting. Is it RabbitMQ?"
+        case exceptions.AMQPChannelError() | exceptions.ConnectionClosed():
+            words = str(error.args[-1])  # the broker's own
+        case ConnectionError(strerror=None) | asyncio.CancelledError() | Exception(args=()):
+            words = "the server hung up while connecting"  # aiormq raises all three for that
+    return f"{re.sub('(?s)//.*@', '//', url)}: {words}"  # without user and password
 
 
-async def main() -> int:
+async def main(url: str) -> int:
     """Receive the logs until a signal or an error, and return the exit status."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
-    parser.add_argument("--url", default=os.getenv("AMQP_URL", "amqp://guest:guest@localhost/"))
-    args = parser.parse_args()
-    logging.disable()  # the libraries also log, with tracebacks, what is told here
-    warnings.simplefilter("ignore")
-    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    loop = asyncio.get_running_loop()
-    backlog: Queue[DeliveredMessage | None] = Queue()  # what waits to be printed; None: the end
-    stop: asyncio.Future[str] = loop.create_future()
+    backlog: Backlog = Queue()
+    stop = asyncio.Event()
     for number in SIGNALS:
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.cancel))
-    subscribing = asyncio.create_task(subscribe_for_ever(args.url, backlog))
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    subscribing = asyncio.create_task(stay_subscribed(url, backlog, stop))
     subscribing.add_done_callback(lambda _: backlog.put(None))
-    printing = loop.run_in_executor(None, print_logs, backlog)
-    await asyncio.wait({printing, stop}, return_when=asyncio.FIRST_COMPLETED)
+    printing = asyncio.create_task(asyncio.to_thread(print_logs, backlog))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({printing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    refused = subscribing.done()
+    stop.set()
     subscribing.cancel()
-    # This is the time for the goodbye, and for a slow stdout to take the last lines.
-    ended, _ = await asyncio.wait({subscribing, printing}, timeout=1)
-    if told := " ".join(task.result() for task in ended if not task.cancelled()).strip():
-        futures.wait([tell(f"receive_logs.py: {told}")], timeout=1)
-    return 1 if told else 0
+    await asyncio.wait({subscribing, printing}, timeout=1)  # for the goodbye and the last lines
+    error = printing.exception() if printing.done() else None
+    if error and not isinstance(error, OSError):
+        say(f"receive_logs.py: {error!r}")
+    return 1 if error or refused else 0
 
 
 if __name__ == "__main__":
-    os._exit(asyncio.Runner().run(main()))  # asyncio.run and sys.exit wait for a paused stdout
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("--url", default=URL, help="the broker (default: AMQP_URL, else localhost)")
+    args = parser.parse_args()
+    logging.disable()  # or else the libraries log what is told here, with tracebacks,
+    logging.captureWarnings(True)  # and Python warns of connections that failed
+    if not sys.stdout:
+        sys.exit("receive_logs.py: stdout is closed")
+    if not re.fullmatch(URL_FORM, args.url):
+        sys.exit("receive_logs.py: the URL has to look like amqp://user:password@host:port/vhost")
+    os._exit(asyncio.Runner().run(main(args.url)))  # sys.exit would wait for a paused stdout

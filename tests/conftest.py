@@ -64,6 +64,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
         f"ssl_options.cacertfile = {folder}/ca.pem\n"
         f"ssl_options.certfile = {folder}/cert.pem\n"
         f"ssl_options.keyfile = {folder}/key.pem\n"
+        "max_message_size = 134217728\n"  # RabbitMQ 4 allows only 16 MiB if it is not told
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RABBITMQ_CONFIG_FILE", str(folder / "rabbitmq.conf"))

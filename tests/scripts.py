@@ -14,7 +14,10 @@ ROOT = Path(__file__).parent.parent
 EMIT_LOG = ROOT / "emit_log.py"
 RECEIVE_LOGS = ROOT / "receive_logs.py"
 WAITING = " [*] Waiting for logs. To exit press CTRL+C\n"
-LOST = "receive_logs.py: lost the broker or the queue: logs are missed until it waits again\n"
+LOST = (
+    "receive_logs.py: lost the queue and the logs in it; more are missed until the next Waiting\n"
+)
+
 
 T = TypeVar("T")
 

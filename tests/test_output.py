@@ -111,22 +111,52 @@ def test_a_signal_ends_a_receiver_whose_stdout_is_stalled(
     assert receiver.err == WAITING
 
 
-def test_a_signal_ends_a_receiver_whose_stderr_is_stalled(pair: Pair) -> None:
+def test_a_signal_ends_a_receiver_whose_stderr_is_stalled(
+    pair: Pair, channel: BlockingChannel
+) -> None:
     command = f"exec '{sys.executable}' '{RECEIVE_LOGS}' 2>&{{}}"
     with (
         full_pipe() as pipe,
         subprocess.Popen(
             ["bash", "-c", command.format(pipe)],
             env=user_environment(AMQP_URL=pair.url),
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             pass_fds=[pipe],
         ) as receiver,
     ):
-        pair.emit_until_routed("received")
-        assert receiver.stdout
-        assert receiver.stdout.readline() == b" [x] received\n"
+        pair.emit_until_routed("waits for stderr, as in any pipeline")
         receiver.terminate()
         assert receiver.wait(60) == 0
+
+
+@pytest.mark.parametrize("pattern", [b"\xff", b"\xe2\x80", b"random"], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_receiver_in_the_middle_of_a_large_message(
+    pair: Pair, channel: BlockingChannel, pattern: bytes, number: signal.Signals
+) -> None:
+    size = 100 * 2**20
+    body = os.urandom(size) if pattern == b"random" else pattern * (size // len(pattern))
+    receiver = pair.receive()
+    publish(channel, body)
+    eventually(lambda: receiver.out_path.stat().st_size > len(" [x] "))
+    receiver.process.send_signal(number)
+    assert receiver.ended() == 0
+    assert receiver.err == WAITING
+    # It did not wait for the end of the message, which alone takes seconds.
+    assert b"\n" not in receiver.out.replace(b"\n     ", b"")
+
+
+@pytest.mark.parametrize("mebibytes", [16, 50, 100])
+@pytest.mark.parametrize("byte", [b"\xff", b"\0", b"\n"], ids=str)
+def test_a_signal_ends_a_receiver_while_a_large_message_arrives(
+    pair: Pair, channel: BlockingChannel, byte: bytes, mebibytes: int
+) -> None:
+    receiver = pair.receive()
+    publish(channel, byte * (mebibytes * 2**20))
+    receiver.process.terminate()
+    # Decoded and escaped in one go, 16 MiB took 8 to 22 s, and 50 MiB more than 60 s.
+    assert receiver.ended(30) == 0
+    assert receiver.err == WAITING
 
 
 def test_ctrl_c_ends_an_emitter_that_cannot_print(pair: Pair) -> None:
@@ -152,6 +182,47 @@ def test_ctrl_c_tears_no_line(stalled: tuple[Script, int], channel: BlockingChan
     assert receiver.ended() == 0
 
 
+@pytest.fixture
+def non_blocking() -> Iterator[tuple[int, int]]:
+    """Return both ends of a pipe. What is written to it must not wait, says some other program."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    yield reading, writing
+    os.close(reading)
+
+
+def test_a_receiver_waits_for_a_stdout_that_another_program_has_made_non_blocking(
+    pair: Pair, channel: BlockingChannel, non_blocking: tuple[int, int]
+) -> None:
+    reading, writing = non_blocking
+    receiver = pair.receive(stdout=writing)
+    for _ in range(2):
+        line = stall(channel, reading)
+        with open(reading, "rb", closefd=False) as out:
+            assert out.read(len(line)) == line
+        os.set_blocking(writing, False)  # and again, while the receiver runs
+    os.close(writing)
+    assert receiver.err == WAITING
+    assert receiver.process.poll() is None
+
+
+def test_an_emitter_waits_for_a_stdout_that_another_program_has_made_non_blocking(
+    pair: Pair, non_blocking: tuple[int, int]
+) -> None:
+    reading, writing = non_blocking
+    receiver = pair.receive()
+    filler = os.write(writing, b" " * 2**20)
+    emitter = pair.start(EMIT_LOG, "waits", stdout=writing)
+    os.close(writing)
+    receiver.assert_prints(b" [x] waits\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        emitter.ended(1)
+    with open(reading, "rb", closefd=False) as out:
+        assert out.read() == b" " * filler + b" [x] Sent waits\n"
+    assert emitter.ended() == 0
+    assert emitter.err == ""
+
+
 def test_a_receiver_ends_quietly_once_nobody_reads_stdout(pair: Pair) -> None:
     command = f"'{sys.executable}' '{RECEIVE_LOGS}' | head -n 1; echo ${{PIPESTATUS[0]}}"
     with subprocess.Popen(
@@ -170,15 +241,42 @@ def test_a_receiver_ends_quietly_once_nobody_reads_stdout(pair: Pair) -> None:
         assert pipeline.stderr.read() == b""
 
 
-def test_an_emitter_whose_reader_is_gone_succeeds_quietly(pair: Pair) -> None:
-    receiver = pair.receive()
-    reading, writing = os.pipe()
+@pytest.fixture
+def unread() -> Iterator[dict[str, int]]:
+    """Return a pipe without a reader, and a terminal that was hung up."""
+    reading, pipe = os.pipe()
     os.close(reading)
-    emitter = pair.emit("unread", stdout=writing)
-    os.close(writing)
-    assert emitter.ended() == 0
-    assert emitter.err == ""
-    receiver.assert_prints(b" [x] unread\n")
+    master, terminal = os.openpty()
+    os.close(master)
+    yield {"pipe": pipe, "terminal": terminal}
+    os.close(pipe)
+    os.close(terminal)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_both_scripts_end_quietly_if_nobody_reads_stdout(
+    pair: Pair, unread: dict[str, int], kind: str
+) -> None:
+    receiver = pair.receive(stdout=unread[kind])
+    emitter = pair.emit("unread", stdout=unread[kind])
+    for script in receiver, emitter:
+        assert script.ended() == 0
+        assert script.err.removeprefix(WAITING) == ""
+
+
+def test_a_file_that_gives_the_error_of_a_hung_up_terminal_is_a_broken_disk(
+    pair: Pair, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "def set_blocking(fd, _):\n"
+        "    if fd == 1:\n"
+        "        raise OSError(5, os.strerror(5))\n"
+        "os.set_blocking = set_blocking\n"
+    )
+    receiver = pair.start(RECEIVE_LOGS, PYTHONPATH=str(tmp_path))
+    assert receiver.ended() == 1
+    assert receiver.err == "receive_logs.py: cannot write to stdout: Input/output error\n"
 
 
 def test_a_full_disk_is_told(pair: Pair) -> None:
