@@ -63,7 +63,7 @@ def explain(error: BaseException, doing: str) -> str:
         case exceptions.ConnectionClosed():
             words = str(error.args[-1])  # in the broker's words
         case ConnectionError(strerror=None) | asyncio.CancelledError() | Exception(args=()):
-            words = "the server hung up"  # aiormq raises all three for that
+            words = "the server hung up"  # aiormq raises any of these for that
     return f"{words} while {doing}"
 
 
@@ -86,13 +86,13 @@ async def main() -> tuple[int, str]:
     parser.add_argument("--url", default=URL, help="the broker (default: AMQP_URL, else localhost)")
     args = parser.parse_args()
     body = os.fsencode(" ".join(args.message) if any(args.message) else "Hello World!")
-    logging.disable()  # or else the libraries log what is told here, with tracebacks
+    logging.disable()  # or else the libraries log what is told here, with tracebacks,
+    sys.unraisablehook = lambda _: None  # and Python complains of a connect that was given up
     if not re.fullmatch(URL_FORM, args.url):
         return 1, "the URL has to look like amqp://user:password@host:port/vhost"
     publishing = asyncio.Event()
     try:
-        # Shielded, for it is not worth waiting until it is cancelled: behind TLS, that takes 30 s.
-        emitting = asyncio.shield(emit_log(args.url, body, publishing))
+        emitting = asyncio.shield(emit_log(args.url, body, publishing))  # TLS cancels in 30 s
         routed = await asyncio.wait_for(emitting, TIMEOUT)
     except (Exception, asyncio.CancelledError) as error:
         stage = "publishing; the message may or may not have been sent"

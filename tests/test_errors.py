@@ -118,13 +118,15 @@ def test_an_odd_port_gives_one_plain_line(pair: Pair, script: Path, port: str) -
 def host(tmp_path: Path, broker: RabbitMqExecutor) -> Iterator[Callable[..., tuple[str, str]]]:
     """Return a function that gives a host its addresses; it returns a URL and a PYTHONPATH.
 
-    The host is called `many`. Each address is a broker, refuses or is silent: its queue of new
-    connections is full.
+    The host is called `many`. Each address is a broker, or refuses, or is silent (its queue of
+    new connections is full), or frozen (the kernel accepts, and nobody speaks).
     """
     relay = Relay(broker.port)
-    kinds = {"broker": "127.0.0.1", "silent": "127.0.0.2", "refusing": "127.0.0.3"}
+    names = ["broker", "silent", "refusing", "frozen"]
+    kinds = {name: f"127.0.0.{number}" for number, name in enumerate(names, 1)}
     with ExitStack() as stack:
         port = relay.listener.getsockname()[1]
+        stack.enter_context(socket.create_server((kinds["frozen"], port)))
         full = stack.enter_context(socket.create_server((kinds["silent"], port), backlog=0))
         for _ in range(2):
             caller = stack.enter_context(socket.socket())
@@ -133,7 +135,12 @@ def host(tmp_path: Path, broker: RabbitMqExecutor) -> Iterator[Callable[..., tup
 
         def host_of(*addresses: str) -> tuple[str, str]:
             (tmp_path / "sitecustomize.py").write_text(
-                "import socket\n"
+                "import gc, re, socket\n"
+                "search = re.search\n"
+                "def search_after_collecting(*args):\n"
+                "    gc.collect()\n"
+                "    return search(*args)\n"
+                "re.search = search_after_collecting\n"
                 "real = socket.getaddrinfo\n"
                 "def getaddrinfo(host, port, *args, **kwargs):\n"
                 f"    found = {[kinds[kind] for kind in addresses]} if host == 'many' else [host]\n"
@@ -182,6 +189,7 @@ def test_an_address_that_does_not_answer_is_passed_over(
         (["refusing", "refusing"], REFUSED),
         (["silent", "silent"], "no answer within 10 s"),
         (["refusing", "silent"], "no answer within 10 s"),
+        (["frozen", "broker"], "no answer within 10 s"),
     ],
     ids=str,
 )
