@@ -5,9 +5,9 @@
 Exit status: 0 confirmed by the broker, 1 error (one line on stderr), 2 usage.
 """
 
-import signal  # first: CTRL+C in the slow imports below shall not print a traceback either
+import signal  # first, so that CTRL+C prints no traceback even during the slow imports below
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that it ends a shell loop around this, too
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # dying of the signal also ends a calling shell loop
 
 import asyncio
 import logging
@@ -25,7 +25,7 @@ from aiormq import spec
 
 TIMEOUT = 10  # seconds, for the whole conversation with the broker
 URL = os.getenv("AMQP_URL", "amqp://guest:guest@localhost/")
-# No "@" after the host: it would be part of a password whose "/" is not written as %2F.
+# An "@" after the host is refused: a password has a "/" then that is not written as %2F.
 URL_FORM = r"amqps?://([^/?#]*@)?(\[[^]]*]|[^/:@[]+)(:[0-9]+)?([/?#][^@]*)?"
 
 
@@ -34,18 +34,18 @@ async def emit_log(url: str, body: bytes, publishing: asyncio.Event) -> bool:
 
     Sets `publishing` before the message can leave. Raises aio-pika's exceptions.
     """
-    # Not connect_robust: it does not publish again. After 0.25 s, the host's next address is tried.
+    # Not connect_robust: it does not publish again. The delay is until the host's next address.
     async with await connect(url, happy_eyeballs_delay=0.25) as connection:
         channel = await connection.channel()
         logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
         message = Message(body)
-        publishing.set()
+        publishing.set()  # from here on, an error does not tell whether the message was sent
         confirm = await logs_exchange.publish(message, routing_key="")
-        return isinstance(confirm, spec.Basic.Ack)  # else it is our message, which no queue got
+        return isinstance(confirm, spec.Basic.Ack)  # if no queue got it, our message comes back
 
 
 def explain(error: BaseException, doing: str) -> str:
-    """Say in plain words what went wrong. (As in receive_logs.py: each file is used alone.)"""
+    """Say what went wrong, and (unless it is clear that nothing was sent) while doing what."""
     words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     match error:
         case exceptions.DeliveryError():
@@ -68,7 +68,7 @@ def explain(error: BaseException, doing: str) -> str:
 
 
 def write_line(stream: TextIO, line: str) -> None:
-    """Write a line, with escapes for what could harm a terminal. Raises OSError."""
+    """Write a line; escape what is not printable, but for spaces and joiners. Raises OSError."""
     shown = "".join(
         c if c.isprintable() or category(c) == "Zs" or c in "\t\u200c\u200d" else repr(c)[1:-1]
         for c in line
@@ -86,18 +86,18 @@ async def main() -> tuple[int, str]:
     parser.add_argument("--url", default=URL, help="the broker (default: AMQP_URL, else localhost)")
     args = parser.parse_args()
     body = os.fsencode(" ".join(args.message) if any(args.message) else "Hello World!")
-    logging.disable()  # or else the libraries log what is told here, with tracebacks,
-    sys.unraisablehook = lambda _: None  # and Python complains of a connect that was given up
+    logging.disable()  # or else the libraries log, with tracebacks, what is told here
+    sys.unraisablehook = lambda _: None  # or else Python complains of a connect that was given up
     if not re.fullmatch(URL_FORM, args.url):
         return 1, "the URL has to look like amqp://user:password@host:port/vhost"
-    publishing = asyncio.Event()
+    publishing = asyncio.Event()  # a flag that nobody waits for
     try:
-        emitting = asyncio.shield(emit_log(args.url, body, publishing))  # TLS cancels in 30 s
+        emitting = asyncio.shield(emit_log(args.url, body, publishing))  # TLS takes 30 s to cancel
         routed = await asyncio.wait_for(emitting, TIMEOUT)
     except (Exception, asyncio.CancelledError) as error:
-        stage = "publishing; the message may or may not have been sent"
-        words = explain(error, stage if publishing.is_set() else "connecting")
-        return 1, f"{re.sub('(?s)//.*@', '//', args.url)}: {words}"
+        unsure = "publishing; the message may or may not have been sent"
+        words = explain(error, unsure if publishing.is_set() else "connecting")
+        return 1, f"{re.sub('(?s)//.*@', '//', args.url)}: {words}"  # without the password
     try:
         if sys.stdout:  # not closed
             write_line(sys.stdout, " [x] Sent " + body.decode(errors="backslashreplace"))
@@ -108,7 +108,7 @@ async def main() -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    status, complaint = asyncio.Runner().run(main())
+    status, complaint = asyncio.Runner().run(main())  # not asyncio.run: see the last line
     with suppress(OSError):
         if complaint and sys.stderr:
             write_line(sys.stderr, f"emit_log.py: {complaint}")

@@ -9,8 +9,7 @@ Exit status: 0 after CTRL+C or SIGTERM, 1 error (one line on stderr), 2 usage.
 import os
 import signal
 
-# Set before the slow imports: no traceback on CTRL+C, and process 1 of a container hears SIGTERM.
-# An ignored signal stays ignored, as CTRL+C is for what a shell script starts with "&".
+# Before the slow imports: a signal ends them quietly, also as process 1. If ignored, it stays so.
 SIGNALS = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
 for number in SIGNALS:
     signal.signal(number, lambda *_: os._exit(0))
@@ -39,11 +38,11 @@ URL = os.getenv("AMQP_URL", "amqp://guest:guest@localhost/")
 URL_FORM = r"amqps?://([^/?#]*@)?(\[[^]]*]|[^/:@[]+)(:[0-9]+)?([/?#][^@]*)?"
 LOST = "receive_logs.py: lost the queue and the logs in it; more are missed until the next Waiting"
 REFUSALS = exceptions.ProbableAuthenticationError, exceptions.ChannelPreconditionFailed
-Backlog = Queue[DeliveredMessage | str | None]  # to print: messages, our own lines; None: the end
+Backlog = Queue[DeliveredMessage | str | None]  # messages; str: a line for stderr; None: the end
 
 
 async def receive_logs(connection: abc.AbstractConnection, backlog: Backlog) -> asyncio.Event:
-    """Subscribe: messages go into the backlog. Return an event that is set when that is lost."""
+    """Send the logs into the backlog. Return an event, set when the subscription is lost."""
     channel = await connection.channel()
     await channel.set_qos(prefetch_count=PREFETCH)
     logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
@@ -60,7 +59,7 @@ async def consume(queue: abc.AbstractQueue, backlog: Backlog) -> asyncio.Event:
 
     lost = asyncio.Event()
     queue.channel.close_callbacks.add(lambda *_: lost.set())
-    # The channel of aiormq: it alone tells of a cancel, and takes 66 µs of CPU a message, not 92.
+    # aiormq's channel: it alone tells of a cancel. CPU a message: 66 µs, with queue.consume 92.
     amqp_channel = await queue.channel.get_underlay_channel()
     amqp_channel.on_consumer_cancel_callbacks.add(lambda _: lost.set())
     await amqp_channel.basic_consume(queue.name, on_message)
@@ -69,12 +68,11 @@ async def consume(queue: abc.AbstractQueue, backlog: Backlog) -> asyncio.Event:
 
 async def stay_subscribed(url: str, backlog: Backlog, stop: asyncio.Event) -> None:
     """Subscribe, and again whenever that is lost. Return if the first try fails or on a refusal."""
-    subscribed, told = False, set[str]()  # told: each reason is told once
+    subscribed, told = False, set[str]()  # told: the reasons in this outage, each said once
     while True:
         next_try = time.monotonic() + 1
         try:
-            # Not connect_robust: it comes back in silence, with a gap. A silent address of the host
-            # is passed over after 0.25 s. Shielded: behind TLS, cancelling takes 30 s.
+            # Not connect_robust: it comes back in silence. The delay: to the host's next address.
             connecting = asyncio.shield(connect(url, timeout=TIMEOUT, happy_eyeballs_delay=0.25))
             async with asyncio.timeout(TIMEOUT) as limit, await connecting as connection:
                 lost = await receive_logs(connection, backlog)
@@ -85,13 +83,13 @@ async def stay_subscribed(url: str, backlog: Backlog, stop: asyncio.Event) -> No
                 backlog.put(LOST)
         except (Exception, asyncio.CancelledError) as error:
             if stop.is_set():
-                raise  # main has cancelled this; any other CancelledError is an error of aiormq
+                raise  # main sets stop, then cancels us; else a CancelledError is aiormq's error
             if (reason := explain(error, url)) not in told:
                 told.add(reason)
                 backlog.put(f"receive_logs.py: {reason}")
             if not subscribed or isinstance(error, REFUSALS):
                 return
-        # One try a second at most. And if stdout is paused, the memory has to bear no more lines.
+        # At most one try a second, and none while more than PREFETCH lines wait for stdout.
         while time.monotonic() < next_try or backlog.qsize() > PREFETCH:
             await asyncio.sleep(0.05)
 
@@ -101,29 +99,31 @@ def print_logs(backlog: Backlog) -> None:
     try:
         # Not sys.stdout: with PYTHONUNBUFFERED, it loses what a nearly full disk does not take.
         with open(1, "w", 2**16, sys.stdout.encoding, "backslashreplace", closefd=False) as stdout:
+            last = None  # the message up to which all can be acknowledged
             while item := backlog.get():
                 os.set_blocking(1, True)  # another program on the terminal may have changed it
-                if isinstance(item, str):
+                if isinstance(item, DeliveredMessage):
+                    stdout.writelines(line_in_pieces(item.body))  # it adds no newlines
+                    last = item
+                else:
                     stdout.flush()
                     say(item)
-                    continue
-                stdout.writelines(line(item.body))
-                if backlog.empty():
+                if last and backlog.empty():
                     stdout.flush()
-                    ack = item.channel.basic_ack(item.delivery_tag or 0, multiple=True)
-                    asyncio.run_coroutine_threadsafe(asyncio.wait_for(ack, 1), item.channel.loop)
+                    ack = last.channel.basic_ack(last.delivery_tag or 0, multiple=True)
+                    asyncio.run_coroutine_threadsafe(asyncio.wait_for(ack, 1), last.channel.loop)
+                    last = None
                     time.sleep(0.01)  # lets a burst become a batch: without it, 17 to 42 % more CPU
     except OSError as error:
-        if error.errno not in (EPIPE, EIO) or os.path.isfile(1):  # of a pipe or terminal: unread
-            say(f"receive_logs.py: cannot write to stdout: {error.strerror}")
+        if error.errno not in (EPIPE, EIO) or os.path.isfile(1):  # else: pipe or terminal is gone
             raise
 
 
-def line(body: bytes) -> Iterator[str]:
-    """Give the line of a message, with escapes for what could harm a terminal."""
+def line_in_pieces(body: bytes) -> Iterator[str]:
+    """Yield the one line of a message, with escapes for what could harm a terminal."""
     yield " [x] "
     body = body.removesuffix(b"\n")
-    # Python hears a signal only between two steps. So each takes 10 ms, and not 12 s for 100 MiB.
+    # No signal is heard while a str method runs: 10 ms for a piece, but 12 s for 100 MiB.
     pieces = (body[start : start + 2**16] for start in range(0, len(body), 2**16))
     for text in codecs.iterdecode(pieces, "utf-8", "surrogateescape"):
         yield text if text.isprintable() else "".join(map(shown, text))
@@ -132,12 +132,11 @@ def line(body: bytes) -> Iterator[str]:
 
 @cache
 def shown(c: str) -> str:
-    """Return what to show for a character."""
+    """Return a character, or an escape. Spaces and joiners (U+200C, U+200D) are harmless."""
     if c.isprintable() or category(c) == "Zs" or c in "\t\u200c\u200d":
         return c
-    if c == "\n":
-        return "\n     "  # indented, a further line cannot pass for a message
-    return repr(c)[1:-1].replace(r"\udc", r"\x")  # surrogateescape makes U+DCFF of a byte 0xff
+    # Further lines are indented, so as not to pass for messages. U+DCFF stands for the byte 0xff.
+    return "\n     " if c == "\n" else repr(c)[1:-1].replace(r"\udc", r"\x")
 
 
 def say(words: str) -> None:
@@ -175,26 +174,27 @@ async def main(url: str) -> int:
     subscribing = asyncio.create_task(stay_subscribed(url, backlog, stop))
     subscribing.add_done_callback(lambda _: backlog.put(None))
     printing = asyncio.create_task(asyncio.to_thread(print_logs, backlog))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({printing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    refused = subscribing.done()
-    stop.set()
+    await asyncio.wait({printing, asyncio.create_task(stop.wait())}, return_when="FIRST_COMPLETED")
+    gave_up = subscribing.done() and not stop.is_set()  # it has told why
+    stop.set()  # before cancel(), so that stay_subscribed knows that it was us
     subscribing.cancel()
     await asyncio.wait({subscribing, printing}, timeout=1)  # for the goodbye and the last lines
-    error = printing.exception() if printing.done() else None
-    if error and not isinstance(error, OSError):
-        say(f"receive_logs.py: {error!r}")
-    return 1 if error or refused else 0
+    if printing.done() and (error := printing.exception()):
+        say(f"receive_logs.py: cannot write to stdout: {getattr(error, 'strerror', repr(error))}")
+        return 1
+    return int(gave_up)
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("--url", default=URL, help="the broker (default: AMQP_URL, else localhost)")
     args = parser.parse_args()
-    logging.disable()  # or else the libraries log what is told here, with tracebacks,
-    logging.captureWarnings(True)  # and Python warns of connections that failed
+    logging.disable()  # or else the libraries log, with tracebacks, what is told here
+    logging.captureWarnings(True)  # those of failed connections go to logging, which is off
     if not sys.stdout:
         sys.exit("receive_logs.py: stdout is closed")
     if not re.fullmatch(URL_FORM, args.url):
         sys.exit("receive_logs.py: the URL has to look like amqp://user:password@host:port/vhost")
-    os._exit(asyncio.Runner().run(main(args.url)))  # sys.exit would wait for a paused stdout
+    os._exit(
+        asyncio.Runner().run(main(args.url))
+    )  # asyncio.run, sys.exit: wait for a paused stdout
