@@ -358,8 +358,8 @@ def test_a_consumer_timeout_leaves_no_queue_without_its_consumer(
 ) -> None:
     receiver, pipe = stalled
     line = b" [x] " + b"x" * 1_000_000 + b"\n"
-    publish(pair, line[5:-1])
     first = the_only(broker, "name")
+    publish(pair, line[5:-1])
     eventually(lambda: the_only(broker, "name") != first)
     pair.emit_until_routed("after the loss")
     line += b" [x] after the loss\n"
@@ -377,6 +377,7 @@ def test_a_receiver_that_is_paused_subscribes_again_at_once(
     publish(pair, *bodies)
     eventually(lambda: the_only(broker, "messages_ready") == ["0"])
     broker.kill(sig=signal.SIGKILL)
+    eventually(lambda: "Connection refused" in pair.emit("nobody is there").err)
     broker.start()
     pair.emit_until_routed("during the pause")
     assert receiver.err == WAITING  # what it has to say waits, too, for its place in the order
