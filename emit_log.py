@@ -25,7 +25,7 @@ from aiormq import spec
 
 TIMEOUT = 10  # seconds, for the whole conversation with the broker
 URL = os.getenv("AMQP_URL", "amqp://guest:guest@localhost/")
-# No "@" after the host: it means that a "/" in the password was not written as %2F.
+# No "@" in the path: there it would end a password whose "/" was not written as %2F.
 URL_FORM = r"amqps?://([^/?#]*@)?(\[[^]]*]|[^/:@[]+)(:[0-9]+)?([/?#][^@]*)?"
 
 
@@ -34,7 +34,7 @@ async def emit_log(url: str, body: bytes, publishing: asyncio.Event) -> bool:
 
     Sets `publishing` before the message can leave. Raises aio-pika's exceptions.
     """
-    # connect_robust would not publish again either. After 0.25 s, the host's next address is tried.
+    # Not connect_robust: it would not publish again. The host's next address is tried after 0.25 s.
     async with await connect(url, happy_eyeballs_delay=0.25) as connection:
         channel = await connection.channel()
         logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
@@ -45,7 +45,7 @@ async def emit_log(url: str, body: bytes, publishing: asyncio.Event) -> bool:
 
 
 def explain(error: BaseException, doing: str) -> str:
-    """Say what went wrong and, unless that tells what became of the message, while doing what."""
+    """Say what went wrong; add "while ..." unless that tells what became of the message."""
     words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     match error:
         case exceptions.DeliveryError():
@@ -93,7 +93,7 @@ async def main() -> tuple[int, str]:
     publishing = asyncio.Event()  # a flag that nobody waits for
     try:
         emitting = asyncio.shield(emit_log(args.url, body, publishing))  # TLS takes 30 s to cancel
-        routed = await asyncio.wait_for(emitting, TIMEOUT)  # without shield, it waits for that
+        routed = await asyncio.wait_for(emitting, TIMEOUT)  # unshielded, it would wait for that
     except (Exception, asyncio.CancelledError) as error:
         unsure = "publishing; the message may or may not have been sent"
         words = explain(error, unsure if publishing.is_set() else "connecting")
@@ -108,7 +108,7 @@ async def main() -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    status, complaint = asyncio.Runner().run(main())  # not asyncio.run: see the last line
+    status, complaint = asyncio.Runner().run(main())  # left unclosed on purpose: see the last line
     with suppress(OSError):
         if complaint and sys.stderr:
             write_line(sys.stderr, f"emit_log.py: {complaint}")

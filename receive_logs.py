@@ -3,7 +3,7 @@
   python receive_logs.py                          see the logs on the screen
   python receive_logs.py > logs_from_rabbit.log   direct the logs to disk
 
-Exit status: 0 after CTRL+C or SIGTERM, 1 error (one line on stderr), 2 usage.
+Exit status: 0 after CTRL+C, SIGTERM or a closed pipe, 1 error (one line on stderr), 2 usage.
 """
 
 import os
@@ -34,7 +34,7 @@ from aiormq.abc import DeliveredMessage
 TIMEOUT = 10  # seconds, to connect and subscribe
 PREFETCH = 300  # messages that are received but not yet printed; the others wait at the broker
 URL = os.getenv("AMQP_URL", "amqp://guest:guest@localhost/")
-# No "@" after the host: it means that a "/" in the password was not written as %2F.
+# No "@" in the path: there it would end a password whose "/" was not written as %2F.
 URL_FORM = r"amqps?://([^/?#]*@)?(\[[^]]*]|[^/:@[]+)(:[0-9]+)?([/?#][^@]*)?"
 LOST = "receive_logs.py: lost the queue and the logs in it; more are missed until the next Waiting"
 REFUSALS = exceptions.ProbableAuthenticationError, exceptions.ChannelPreconditionFailed
@@ -72,7 +72,8 @@ async def stay_subscribed(url: str, backlog: Backlog, stop: asyncio.Event) -> No
     while True:
         next_try = time.monotonic() + 1
         try:
-            # connect_robust is silent. 0.25 s: until the next address. shield: TLS cancels in 30 s.
+            # Not connect_robust: it comes back in silence, with a gap. The host's next address is
+            # tried after 0.25 s. Shielded, so as not to wait for a cancel: with TLS, it takes 30 s.
             connecting = asyncio.shield(connect(url, timeout=TIMEOUT, happy_eyeballs_delay=0.25))
             async with asyncio.timeout(TIMEOUT) as limit, await connecting as connection:
                 lost = await receive_logs(connection, backlog)
@@ -108,14 +109,14 @@ def print_logs(backlog: Backlog) -> None:
                 else:
                     stdout.flush()
                     say(item)
-                if last and backlog.empty():  # soon: at most PREFETCH come before this ack
+                if last and backlog.empty():  # soon true: the broker stops at PREFETCH
                     stdout.flush()
-                    ack = last.channel.basic_ack(last.delivery_tag or 0, multiple=True)  # 0: never
+                    ack = last.channel.basic_ack(last.delivery_tag or 0, multiple=True)  # for mypy
                     asyncio.run_coroutine_threadsafe(asyncio.wait_for(ack, 1), last.channel.loop)
                     last = None
                     time.sleep(0.01)  # lets a burst become a batch: without it, 17 to 42 % more CPU
     except OSError as error:
-        if error.errno not in (EPIPE, EIO) or os.path.isfile(1):  # EIO in a file: a broken disk
+        if error.errno not in (EPIPE, EIO) or os.path.isfile(1):  # EIO: terminal gone, or bad disk
             raise
 
 
@@ -123,7 +124,7 @@ def line_in_pieces(body: bytes) -> Iterator[str]:
     """Yield the one line of a message, with escapes for what could harm a terminal."""
     yield " [x] "
     body = body.removesuffix(b"\n")
-    # No signal is heard while a str method runs: 10 ms for a piece, but 12 s for 100 MiB.
+    # A str method holds the GIL, so no signal is heard: 10 ms a piece, but 12 s for 100 MiB.
     pieces = (body[start : start + 2**16] for start in range(0, len(body), 2**16))
     for text in codecs.iterdecode(pieces, "utf-8", "surrogateescape"):
         yield text if text.isprintable() else "".join(map(shown, text))
@@ -195,6 +196,5 @@ if __name__ == "__main__":
         sys.exit("receive_logs.py: stdout is closed")
     if not re.fullmatch(URL_FORM, args.url):
         sys.exit("receive_logs.py: the URL has to look like amqp://user:password@host:port/vhost")
-    os._exit(
-        asyncio.Runner().run(main(args.url))
-    )  # asyncio.run, sys.exit: wait for a paused stdout
+    # asyncio.run and sys.exit would wait for the thread that a paused stdout holds up.
+    os._exit(asyncio.Runner().run(main(args.url)))
