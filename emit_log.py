@@ -5,9 +5,11 @@
 Exit status: 0 confirmed by the broker, 1 error (one line on stderr), 2 usage.
 """
 
-import signal  # first, so that CTRL+C prints no traceback even during the slow imports below
+import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # dying of the signal also ends a calling shell loop
+# Before the slow imports, so that CTRL+C prints no traceback. If our parent ignores it, so do we.
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import asyncio
 import logging
@@ -16,100 +18,113 @@ import re
 import sys
 from argparse import ArgumentParser, RawTextHelpFormatter
 from contextlib import suppress
-from errno import EIO, EPIPE
-from typing import TextIO
+from io import TextIOWrapper
 from unicodedata import category
 
 from aio_pika import ExchangeType, Message, connect, exceptions
-from aiormq import spec
 
-TIMEOUT = 10  # seconds, for the whole conversation with the broker
+TIMEOUT = 10  # seconds, from connecting to closing
 URL = os.getenv("AMQP_URL", "amqp://guest:guest@localhost/")
-# No "@" in the path: there it would end a password whose "/" was not written as %2F.
-URL_FORM = r"amqps?://([^/?#]*@)?(\[[^]]*]|[^/:@[]+)(:[0-9]+)?([/?#][^@]*)?"
+#                     user:password@  [IPv6] or host    :port    /vhost?options
+URL_PATTERN = r"amqps?://([^/?#]*@)?(\[[^]]*]|[^/:@[]+)(:[0-9]+)?([/?#][^@]*)?"
+URL_FORM = "the URL has to look like amqp://user:password@host:port/vhost"
 
 
-async def emit_log(url: str, body: bytes, publishing: asyncio.Event) -> bool:
-    """Publish one message, wait for the publisher confirm, and return whether a queue got it.
-
-    Sets `publishing` before the message can leave. Raises aio-pika's exceptions.
-    """
-    # Not connect_robust: it would not publish again. The host's next address is tried after 0.25 s.
-    async with await connect(url, happy_eyeballs_delay=0.25) as connection:
-        channel = await connection.channel()
+async def emit_log(url: str, body: bytes, maybe_sent: asyncio.Event) -> bool:
+    """Publish one message, and return whether a queue has got it. Raises aio-pika's exceptions."""
+    connection = await connect(url)
+    try:
+        channel = await connection.channel(on_return_raises=True)
         logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
-        message = Message(body)
-        publishing.set()  # from here on, an error does not tell whether the message was sent
-        confirm = await logs_exchange.publish(message, routing_key="")
-        return isinstance(confirm, spec.Basic.Ack)  # if no queue got it, our message comes back
+        maybe_sent.set()  # from here on, an error does not tell whether the message was sent
+        # Waits for the publisher confirm. PublishError: no queue got the (mandatory) message.
+        await logs_exchange.publish(Message(body), routing_key="", mandatory=True)
+        return True
+    except exceptions.PublishError:
+        return False
+    finally:  # not "async with": close() can hang or fail. wait() gives it 1 s, and hides errors.
+        await asyncio.wait({asyncio.create_task(connection.close())}, timeout=1)
 
 
-def explain(error: BaseException, doing: str) -> str:
-    """Say what went wrong; add "while ..." unless that tells what became of the message."""
-    words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+def explain(error: BaseException) -> str:
+    """Say in one line what went wrong, where possible in the broker's or the system's words."""
     match error:
+        case TimeoutError():
+            return f"no answer within {TIMEOUT} s (a memory or disk alarm, or not RabbitMQ)"
         case exceptions.DeliveryError():
             return "the broker rejected the message for at least one queue"
-        case exceptions.AMQPChannelError():
-            return str(error.args[-1])  # in the broker's words
         case exceptions.ProbableAuthenticationError() | exceptions.AuthenticationError():
             return f"login refused ({error.args[0]}). Is it the right URL? See --url and AMQP_URL"
         case exceptions.InvalidFrameError() if "OpenOk" in str(error):  # aiormq drops the reason
             return "no such vhost, or not for this user, or too many connections"
-        case OSError() if refused := re.search(r"Errno (\d+)] Connect call failed", str(error)):
-            return f"{os.strerror(int(refused[1]))}. Is RabbitMQ running there?"
-        case TimeoutError():
-            words = f"no answer within {TIMEOUT} s (a memory or disk alarm, or not RabbitMQ)"
-        case exceptions.ConnectionClosed():
-            words = str(error.args[-1])  # in the broker's words
+        case exceptions.AMQPChannelError() | exceptions.ConnectionClosed() if error.args:
+            return str(error.args[-1])
+        case OSError() if found := re.search(r"Errno (\d+)] Connect call failed", str(error)):
+            return f"{os.strerror(int(found[1]))}. Is RabbitMQ running there?"  # not in strerror
+        case OSError(__cause__=ConnectionRefusedError(strerror=str(words))):  # on Windows
+            return f"{words}. Is RabbitMQ running there?"
+        case OSError(strerror=str(words)):
+            return words
         case ConnectionError(strerror=None) | asyncio.CancelledError() | Exception(args=()):
-            words = "the server hung up"  # aiormq raises any of these for that
-    return f"{words} while {doing}"
+            return "the server hung up"  # aiormq raises any of these for it
+        case ValueError():
+            return URL_FORM  # not the error's own words: they can show the password
+    return f"{type(error).__name__}: {error}"
 
 
-def write_line(stream: TextIO, line: str) -> None:
-    """Write a line; escape what is not printable, but for spaces and joiners. Raises OSError."""
-    shown = "".join(
+def harmless(text: str) -> str:
+    """Escape what is not printable, since it could clear the screen or forge a line."""
+    return "".join(  # spaces ("Zs") and what joins letters (U+200C, U+200D) may stay
         c if c.isprintable() or category(c) == "Zs" or c in "\t\u200c\u200d" else repr(c)[1:-1]
-        for c in line
+        for c in text
     )
-    shown = shown.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
-    os.set_blocking(stream.fileno(), True)  # or else print fails, if a shared pipe is non-blocking
-    print(shown, file=stream, flush=True)
 
 
-async def main() -> tuple[int, str]:
-    """Run the command line; return the exit status, and what to say on stderr."""
+def say(words: str) -> None:
+    """Print a line on stderr, if that is possible."""
+    with suppress(OSError, AttributeError):  # sys.stderr is None if it is closed
+        sys.stderr.write(f"emit_log.py: {harmless(words)}\n")
+
+
+async def main(url: str, body: bytes) -> int:
+    """Emit the message, say what became of it, and return the exit status."""
+    maybe_sent = asyncio.Event()  # a mere flag: nobody waits for it
+    emitting = asyncio.create_task(emit_log(url, body, maybe_sent))
+    # Not wait_for: at the timeout it cancels, and waits until that is done (with TLS, for 30 s).
+    await asyncio.wait({emitting}, timeout=TIMEOUT)
+    try:
+        if not emitting.done():
+            raise TimeoutError
+        routed = emitting.result()
+    except (Exception, asyncio.CancelledError) as error:  # aiormq raises CancelledError, too
+        words = explain(error)
+        rejected = isinstance(error, (exceptions.DeliveryError, exceptions.AMQPChannelError))
+        if maybe_sent.is_set() and not rejected:  # the broker has not told what became of it
+            words += " while publishing; the message may or may not have been sent"
+        say(f"{re.sub('(?s)//.*@', '//', url)}: {words}")  # the URL without user and password
+        return 1
+    try:
+        print(" [x] Sent", harmless(body.decode(errors="backslashreplace")), flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # if nobody reads it, that is no error
+            say(f"sent, but cannot write to stdout: {error.strerror}")
+            return 1
+    if not routed:
+        say("no receiver is listening: the broker discarded the message")
+    return 0
+
+
+if __name__ == "__main__":
     usage = "%(prog)s [--url URL] [--] [message ...]"
     parser = ArgumentParser(usage=usage, description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("message", nargs="*", help="the words of the message (none: Hello World!)")
     parser.add_argument("--url", default=URL, help="the broker (default: AMQP_URL, else localhost)")
     args = parser.parse_args()
-    body = os.fsencode(" ".join(args.message) if any(args.message) else "Hello World!")
-    logging.disable()  # or else the libraries log, with tracebacks, what is told here
-    sys.unraisablehook = lambda _: None  # or else Python complains of a connect that was given up
-    if not re.fullmatch(URL_FORM, args.url):
-        return 1, "the URL has to look like amqp://user:password@host:port/vhost"
-    publishing = asyncio.Event()  # a flag that nobody waits for
-    try:
-        emitting = asyncio.shield(emit_log(args.url, body, publishing))  # TLS takes 30 s to cancel
-        routed = await asyncio.wait_for(emitting, TIMEOUT)  # unshielded, it would wait for that
-    except (Exception, asyncio.CancelledError) as error:
-        unsure = "publishing; the message may or may not have been sent"
-        words = explain(error, unsure if publishing.is_set() else "connecting")
-        return 1, f"{re.sub('(?s)//.*@', '//', args.url)}: {words}"  # without the password
-    try:
-        if sys.stdout:  # not closed
-            write_line(sys.stdout, " [x] Sent " + body.decode(errors="backslashreplace"))
-    except OSError as error:
-        if error.errno not in (EPIPE, EIO):  # these two: nobody reads the pipe or terminal any more
-            return 1, f"sent, but cannot write to stdout: {error.strerror}"
-    return 0, ("" if routed else "no receiver is listening: the broker discarded the message")
-
-
-if __name__ == "__main__":
-    status, complaint = asyncio.Runner().run(main())  # left unclosed on purpose: see the last line
-    with suppress(OSError):
-        if complaint and sys.stderr:
-            write_line(sys.stderr, f"emit_log.py: {complaint}")
-    os._exit(status)  # sys.exit and asyncio.run would wait for threads that are stuck in DNS
+    if not re.fullmatch(URL_PATTERN, args.url):
+        parser.error(URL_FORM)  # also for "//user:12/3@host": a "/" in a password has to be %2F
+    logging.disable()  # otherwise the libraries log, with tracebacks, the errors that we explain
+    if isinstance(sys.stdout, TextIOWrapper):  # it is None if stdout is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that it cannot encode
+    body = os.fsencode(" ".join(args.message) or "Hello World!")
+    # Not asyncio.run and sys.exit: they would wait for a thread that is stuck in DNS.
+    os._exit(asyncio.Runner().run(main(args.url, body)))

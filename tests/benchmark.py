@@ -1,12 +1,11 @@
 """Measure the pair as whole processes, each figure beside its reference in the same run.
 
-Receivers are stopped (SIGSTOP) while their backlog is published: the publisher is not the limit.
+A receiver is stopped (SIGSTOP) while its backlog is published: the publisher is not the limit.
 What is compared runs in turns. Figures are medians of the rounds. Linux only: it reads /proc.
 """
 
 import argparse
 import asyncio
-import json
 import os
 import platform
 import signal
@@ -24,10 +23,10 @@ import pika
 from aio_pika.abc import AbstractIncomingMessage
 from port_for import get_port
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
-from scripts import EMIT_LOG, RECEIVE_LOGS, WAITING, Pair, Script, eventually, full_pipe
+from scripts import EMIT_LOG, RECEIVE_LOGS, WAITING, Pair, Script, eventually
 
 SERVER = Path("/usr/lib/rabbitmq/bin")
-ONE, CEILING, PIKA = "one at a time", "ceiling", "pika"
+ONE, CEILING = "one at a time", "ceiling"
 Figures = dict[str, float]
 
 
@@ -55,27 +54,14 @@ async def aio_pika_reference(url: str, count: int, one: bool) -> None:
     await asyncio.Future()
 
 
-def pika_reference(url: str) -> None:
-    """Receive with pika and automatic acknowledgement, as its tutorial does, and flush."""
-    channel = pika.BlockingConnection(pika.URLParameters(url)).channel()
-    channel.exchange_declare("logs", "fanout")
-    queue = channel.queue_declare("", exclusive=True).method.queue or ""
-    channel.queue_bind(queue, "logs")
-    print(WAITING, end="", file=sys.stderr)
-    for _method, _properties, body in channel.consume(queue, auto_ack=True):
-        print(" [x]", body.decode(), flush=True)
-
-
-def backlog(url: str, receivers: list[Script], size: int, count: int) -> float:
-    """Publish messages while the receivers are stopped; let these go, and return the time."""
-    for receiver in receivers:
-        receiver.process.send_signal(signal.SIGSTOP)
+def backlog(url: str, receiver: Script, size: int, count: int) -> float:
+    """Publish messages while the receiver is stopped; let it go, and return the time."""
+    receiver.process.send_signal(signal.SIGSTOP)
     with pika.BlockingConnection(pika.URLParameters(url)) as connection:
         channel = connection.channel()
         for number in range(count):
             channel.basic_publish("logs", "", b"%0*d" % (size, number))
-    for receiver in receivers:
-        receiver.process.send_signal(signal.SIGCONT)
+    receiver.process.send_signal(signal.SIGCONT)
     return time.perf_counter()
 
 
@@ -94,7 +80,7 @@ def emitting(pair: Pair, rounds: int) -> Figures:
 
 def receiving(pair: Pair, rounds: int, count: int, size: int) -> Figures:
     """Measure messages a second into a pipe, ours and the references."""
-    rates: dict[str, list[float]] = {"ours": [], ONE: [], CEILING: [], PIKA: []}
+    rates: dict[str, list[float]] = {"ours": [], ONE: [], CEILING: []}
     for _ in range(rounds):
         for name, values in rates.items():
             script, options = RECEIVE_LOGS, ["--url", pair.url]
@@ -103,7 +89,7 @@ def receiving(pair: Pair, rounds: int, count: int, size: int) -> Figures:
             reading, writing = os.pipe()
             receiver = pair.start(script, *options, stdout=writing).waiting()
             os.close(writing)
-            begin = backlog(pair.url, [receiver], size, count)
+            begin = backlog(pair.url, receiver, size, count)
             lines = 0
             while lines < count:
                 lines += os.read(reading, 2**20).count(b"\n")
@@ -113,33 +99,13 @@ def receiving(pair: Pair, rounds: int, count: int, size: int) -> Figures:
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def fan_out(pair: Pair, receivers: int, count: int) -> float:
-    """Return deliveries a second to that many receivers, all complete and in order."""
-    with ExitStack() as running:
-        crowd = Pair(pair.url, pair.folder, running)
-        scripts = [crowd.start(RECEIVE_LOGS) for _ in range(receivers)]
-        for script in scripts:
-            script.waiting()
-        expected = b"".join(b" [x] %020d\n" % number for number in range(count))
-        begin = backlog(pair.url, scripts, 20, count)
-        eventually(lambda: all(s.out_path.stat().st_size >= len(expected) for s in scripts), 600)
-        took = time.perf_counter() - begin
-        assert all(script.out == expected for script in scripts)
-    return receivers * count / took
-
-
 def memory(pair: Pair, count: int) -> Figures:
-    """Measure the peaks in MiB: the receiver idle and after a backlog, the emitter at its end."""
+    """Measure the peak of the receiver's memory in MiB: idle, and after a backlog."""
     receiver = pair.receive()
-    figures: Figures = {"receiver, idle": receiver.peak_memory()}
-    with full_pipe() as pipe:  # it holds the emitter up at its last step
-        emitter = pair.start(EMIT_LOG, "hi", stdout=pipe)
-        receiver.assert_prints(b" [x] hi\n")
-        figures["emitter"] = emitter.peak_memory()
-    backlog(pair.url, [receiver], 1024, count)
-    eventually(lambda: receiver.out.count(b"\n") == count + 1)
-    figures["receiver, after a backlog"] = receiver.peak_memory()
-    return figures
+    idle = receiver.peak_memory()
+    backlog(pair.url, receiver, 1024, count)
+    eventually(lambda: receiver.out.count(b"\n") == count)
+    return {"idle": idle, "after a backlog": receiver.peak_memory()}
 
 
 @contextmanager
@@ -152,47 +118,31 @@ def private_node(folder: Path) -> Iterator[str]:
         yield f"amqp://localhost:{node.port}/"
 
 
-def measure(url: str, folder: Path, rounds: int, count: int, many: int) -> dict[str, Figures]:
-    """Take all measurements, and say on stderr which is being taken."""
-    measurements: dict[str, Callable[[Pair], Figures]] = {
-        "emit": lambda pair: emitting(pair, 4 * rounds),
-        "receive, 20 bytes": lambda pair: receiving(pair, rounds, count, 20),
-        "receive, 1 KiB": lambda pair: receiving(pair, rounds, count, 1024),
-        "fan-out": lambda pair: {str(n): fan_out(pair, n, count // 5) for n in (1, 4, 16, many)},
-        "memory": lambda pair: memory(pair, count),
-    }
-    figures = {}
-    for name, take in measurements.items():
-        print(name, file=sys.stderr, flush=True)
-        with ExitStack() as running:
-            figures[name] = take(Pair(url, folder, running))
-    return figures
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", help="a broker to use (default: a private node)")
-    parser.add_argument("--json", action="store_true", help="print figures for a program")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=10_000, help="messages of a measurement")
-    parser.add_argument("--many", type=int, default=50, help="receivers of the largest fan-out")
-    parser.add_argument("--be", choices=[ONE, CEILING, PIKA], help="be a reference (internal)")
+    parser.add_argument("--be", choices=[ONE, CEILING], help="be a reference (internal)")
     args = parser.parse_args()
-    if args.be == PIKA:
-        return pika_reference(args.url)
     if args.be:
         return asyncio.run(aio_pika_reference(args.url, args.count, args.be == ONE))
+    measurements: dict[str, Callable[[Pair], Figures]] = {
+        "emit": lambda pair: emitting(pair, 4 * args.rounds),
+        "receive, 20 bytes": lambda pair: receiving(pair, args.rounds, args.count, 20),
+        "receive, 1 KiB": lambda pair: receiving(pair, args.rounds, args.count, 1024),
+        "memory": lambda pair: memory(pair, args.count),
+    }
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (output := folder / "output").mkdir()
         url = args.url or stack.enter_context(private_node(folder))
-        figures = measure(url, output, args.rounds, args.count, args.many)
-    if args.json:
-        return print(json.dumps(figures, indent=1))
-    for name, values in figures.items():
-        for what, value in values.items():
-            print(f"{name:18} {what:26}{value:12,.3f}{values.get('ours', value) / value:8.2f}")
+        for name, measure in measurements.items():
+            with ExitStack() as running:
+                values = measure(Pair(url, output, running))
+            for what, value in values.items():
+                print(f"{name:18} {what:26}{value:12,.3f}{values.get('ours', value) / value:8.2f}")
     return print("Python", platform.python_version(), "aio-pika", version("aio-pika"))
 
 

@@ -3,11 +3,12 @@
 Each worker of pytest-xdist has such a node.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pika
 import pytest
@@ -16,7 +17,8 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import AMQPError
 from port_for import get_port
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
-from scripts import Pair
+from scripts import Pair, Script
+from servers import Tls, signal_node
 
 # Started from a background job, this process ignores SIGINT, and so would what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,24 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*use of forkpty:DeprecationWarning")
     server = config.getoption("rabbitmq_server") or config.getini("rabbitmq_server")
     if not Path(server).exists():
-        pytest.exit(
-            f"RabbitMQ is not installed: there is no {server} (Debian, Ubuntu: apt-get install "
-            "rabbitmq-server; elsewhere: pass --rabbitmq-server and --rabbitmq-ctl)",
-            returncode=1,
-        )
-
-
-@dataclass
-class Tls:
-    """The node's TLS listener, whose certificate is for localhost only."""
-
-    port: int
-    cafile: Path
-
-    @property
-    def url(self) -> str:
-        """Return its address, which names the authority."""
-        return f"amqps://localhost:{self.port}/?cafile={self.cafile}"
+        install = "apt-get install rabbitmq-server, or pass --rabbitmq-server and --rabbitmq-ctl"
+        pytest.exit(f"RabbitMQ is not installed: there is no {server} ({install})", returncode=1)
 
 
 @pytest.fixture(scope="session")
@@ -55,15 +41,14 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")
     authority.cert_pem.write_to_path(folder / "ca.pem")
-    certificate.cert_chain_pems[0].write_to_path(folder / "cert.pem")
-    certificate.private_key_pem.write_to_path(folder / "key.pem")
+    certificate.private_key_and_cert_chain_pem.write_to_path(folder / "node.pem")
     port = get_port(None)
     assert port
     (folder / "rabbitmq.conf").write_text(
         f"listeners.ssl.default = {port}\n"
         f"ssl_options.cacertfile = {folder}/ca.pem\n"
-        f"ssl_options.certfile = {folder}/cert.pem\n"
-        f"ssl_options.keyfile = {folder}/key.pem\n"
+        f"ssl_options.certfile = {folder}/node.pem\n"
+        f"ssl_options.keyfile = {folder}/node.pem\n"
         "max_message_size = 134217728\n"  # RabbitMQ 4 allows only 16 MiB if it is not told
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +57,8 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
         # would lose their registration, and then rabbitmqctl does not find them.
         patch.setenv("ERL_EPMD_PORT", str(get_port(None)))
         patch.setenv("HOME", str(folder))  # for Erlang's cookie
-        yield Tls(port, folder / "ca.pem")
+        cafile = folder / "ca.pem"
+        yield Tls(port, cafile, f"amqps://localhost:{port}/?cafile={cafile}")
 
 
 @pytest.fixture(scope="session")
@@ -103,3 +89,26 @@ def pair(url: str, tmp_path: Path) -> Iterator[Pair]:
     """Return the pair on the node. What a test starts ends with the test."""
     with ExitStack() as running:
         yield Pair(url, tmp_path, running)
+
+
+@pytest.fixture
+def stalled(pair: Pair) -> Iterator[tuple[Script, BinaryIO]]:
+    """Return a receiver that writes to a pipe, and the end of the pipe that nobody reads yet.
+
+    The broker gives up on its connection if it does not hear from it for four seconds.
+    """
+    reading, writing = os.pipe()
+    receiver = pair.receive("--url", pair.url + "?heartbeat=2", stdout=writing)
+    os.close(writing)
+    with open(reading, "rb") as out:
+        yield receiver, out
+
+
+@pytest.fixture
+def healthy(broker: RabbitMqExecutor) -> Iterator[None]:
+    """Leave the node running, whatever a test does to it."""
+    yield
+    if broker.running():
+        signal_node(broker, signal.SIGCONT)
+    else:
+        broker.kill().start()

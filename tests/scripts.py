@@ -1,33 +1,35 @@
 """The two scripts, started as a user starts them, and conditions to wait for."""
 
+import fcntl
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
+
+import pexpect
+import pika
+import pytest
 
 ROOT = Path(__file__).parent.parent
 EMIT_LOG = ROOT / "emit_log.py"
 RECEIVE_LOGS = ROOT / "receive_logs.py"
+SCRIPTS = pytest.mark.parametrize("script", [EMIT_LOG, RECEIVE_LOGS], ids=lambda path: path.stem)
 WAITING = " [*] Waiting for logs. To exit press CTRL+C\n"
 LOST = (
     "receive_logs.py: lost the queue and the logs in it; more are missed until the next Waiting\n"
 )
-
+NOBODY = "emit_log.py: no receiver is listening: the broker discarded the message\n"
 
 T = TypeVar("T")
 
 
 def eventually(condition: Callable[[], T], seconds: float = 60) -> T:
-    """Return what `condition` returns as soon as that is true.
-
-    Raises AssertionError if it never is. The bound only ends a hopeless wait. It is far
-    beyond what a busy machine needs.
-    """
+    """Return what `condition` returns as soon as that is true. The bound ends a hopeless wait."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"not within {seconds} s"
@@ -45,43 +47,19 @@ def user_environment(**variables: str) -> dict[str, str]:
 def full_pipe() -> Iterator[int]:
     """Give the writing end of a pipe that nobody reads and that takes no byte more."""
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(writing, b" " * 4096)
-    os.set_blocking(writing, True)
-    try:
-        yield writing
-    finally:
-        os.close(reading)
-        os.close(writing)
+    os.write(writing, bytes(fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)))
+    yield writing
+    os.close(reading)
+    os.close(writing)
 
 
+@dataclass
 class Script:
-    """A running script whose stdout and stderr go to files, unless told otherwise.
+    """A running script, and the files to which its stdout and stderr go."""
 
-    A context manager: at the end it kills the script if that still runs.
-    """
-
-    def __init__(
-        self,
-        script: Path,
-        folder: Path,
-        *arguments: str | bytes,
-        stdout: int | None = None,
-        **variables: str,
-    ) -> None:
-        number = len(list(folder.iterdir()))
-        self.out_path = folder / f"{number}.out"
-        self.err_path = folder / f"{number}.err"
-        with self.out_path.open("wb") as out, self.err_path.open("wb") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, script, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=out if stdout is None else stdout,
-                stderr=err,
-                env=user_environment(**variables),
-            )
+    process: subprocess.Popen[bytes]
+    out_path: Path
+    err_path: Path
 
     @property
     def out(self) -> bytes:
@@ -97,7 +75,7 @@ class Script:
         """Wait for the end and return the exit status."""
         return self.process.wait(seconds)
 
-    def waiting(self, times: int = 1) -> "Script":
+    def waiting(self, times: int = 1) -> Self:
         """Wait until a receiver has subscribed that many times, and return it."""
 
         def subscribed() -> bool:
@@ -119,13 +97,6 @@ class Script:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) // 1024
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-
 
 @dataclass
 class Pair:
@@ -139,10 +110,19 @@ class Pair:
         self, script: Path, *arguments: str | bytes, stdout: int | None = None, **variables: str
     ) -> Script:
         """Start a script. It is killed with the ExitStack."""
-        variables = {"AMQP_URL": self.url} | variables
-        return self.running.enter_context(
-            Script(script, self.folder, *arguments, stdout=stdout, **variables)
-        )
+        number = len(list(self.folder.iterdir()))
+        out_path, err_path = self.folder / f"{number}.out", self.folder / f"{number}.err"
+        with out_path.open("wb") as out, err_path.open("wb") as err:
+            process = subprocess.Popen(
+                [sys.executable, script, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out if stdout is None else stdout,
+                stderr=err,
+                env=user_environment(**{"AMQP_URL": self.url} | variables),
+            )
+        self.running.enter_context(process)
+        self.running.callback(process.kill)
+        return Script(process, out_path, err_path)
 
     def receive(
         self, *arguments: str | bytes, stdout: int | None = None, **variables: str
@@ -159,3 +139,46 @@ class Pair:
     def emit_until_routed(self, message: str) -> None:
         """Emit a message again and again until somebody receives it."""
         eventually(lambda: self.emit(message).err == "")
+
+    def wait_for_silence(self) -> None:
+        """Wait until nobody listens any more, not even the receivers of other tests."""
+        eventually(lambda: self.emit("is anybody left?").err == NOBODY)
+
+    def publish(self, *bodies: bytes, properties: pika.BasicProperties | None = None) -> None:
+        """Publish messages from a client that is not aio-pika, until the broker has them all."""
+        with pika.BlockingConnection(pika.URLParameters(self.url)) as connection:
+            channel = connection.channel()
+            for body in bodies:
+                channel.basic_publish("logs", "", body, properties)
+            channel.close()  # the broker answers this after all that came before
+
+    def shell(self, command: str, **variables: str) -> subprocess.Popen[bytes]:
+        """Start a command of bash's in which both scripts are called by their names alone."""
+        for script in EMIT_LOG, RECEIVE_LOGS:
+            command = command.replace(script.name, f"'{sys.executable}' '{script}'")
+        process = self.running.enter_context(
+            subprocess.Popen(
+                ["bash", "-c", command],
+                env=user_environment(AMQP_URL=self.url, **variables),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
+        self.running.callback(process.kill)
+        return process
+
+    def terminal(self, url: str = "") -> "pexpect.spawn[Any]":
+        """Start a receiver in a terminal and wait until it is subscribed."""
+        environment = user_environment(AMQP_URL=url or self.url)
+        terminal = pexpect.spawn(sys.executable, [str(RECEIVE_LOGS)], env=environment)
+        self.running.callback(terminal.close, force=True)
+        terminal.expect_exact(WAITING.rstrip() + "\r\n")
+        return terminal
+
+    def python_path(self, **modules: str) -> str:
+        """Return a PYTHONPATH with these modules, with which a test changes what a script meets."""
+        folder = self.folder / "modules"
+        folder.mkdir()
+        for name, text in modules.items():
+            (folder / f"{name}.py").write_text(text)
+        return str(folder)

@@ -1,24 +1,15 @@
-"""What the tutorial promises, and that the tutorial programs in other languages work with it."""
+"""What the tutorial promises, in its order; its other languages; and README's words on options."""
 
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import pexpect
-import psutil
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
-from pika.frame import Method
-from pika.spec import Connection
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
-from relay import Relay
-from scripts import EMIT_LOG, RECEIVE_LOGS, ROOT, WAITING, Pair, eventually, user_environment
-
-SCRIPTS = pytest.mark.parametrize("script", [EMIT_LOG, RECEIVE_LOGS], ids=lambda path: path.stem)
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+from scripts import EMIT_LOG, NOBODY, RECEIVE_LOGS, ROOT, SCRIPTS, WAITING, Pair, user_environment
+from servers import Tls
 
 
 def test_every_receiver_prints_the_message(pair: Pair) -> None:
@@ -32,21 +23,15 @@ def test_every_receiver_prints_the_message(pair: Pair) -> None:
         assert receiver.err == WAITING
 
 
-def test_every_receiver_has_a_queue_that_the_server_names(
+def test_the_broker_has_the_exchange_of_the_tutorials_and_queues_that_it_names_itself(
     pair: Pair, broker: RabbitMqExecutor
 ) -> None:
     pair.receive()
     pair.receive()
-    bindings = broker.rabbitctl_output("-q", "list_bindings", "source_name", "destination_name")
-    assert bindings.count("logs\tamq.gen-") == 2
-
-
-def test_the_exchange_is_the_one_of_the_other_tutorials(
-    pair: Pair, broker: RabbitMqExecutor
-) -> None:
-    pair.emit()
     exchanges = broker.rabbitctl_output("-q", "list_exchanges", "name", "type", "durable")
     assert "logs\tfanout\tfalse" in exchanges
+    bindings = broker.rabbitctl_output("-q", "list_bindings", "source_name", "destination_name")
+    assert bindings.count("logs\tamq.gen-") == 2
 
 
 @pytest.mark.parametrize(
@@ -54,7 +39,6 @@ def test_the_exchange_is_the_one_of_the_other_tutorials(
     [
         ([], b"Hello World!"),
         ([""], b"Hello World!"),
-        (["", ""], b"Hello World!"),
         ([" "], b" "),
         (["--", "--url", "is an option"], b"--url is an option"),
         (["--- restart ---"], b"--- restart ---"),
@@ -84,21 +68,11 @@ def test_messages_of_other_clients_are_printed(pair: Pair, channel: BlockingChan
 
 
 def test_an_emitter_that_nobody_hears_says_so_and_succeeds(pair: Pair) -> None:
-    eventually(lambda: pair.emit("is anybody left?").err)  # of the receivers of other tests
+    pair.wait_for_silence()
     emitter = pair.emit("to nobody")
     assert emitter.out == b" [x] Sent to nobody\n"
-    assert emitter.err == (
-        "emit_log.py: no receiver is listening: the broker discarded the message\n"
-    )
+    assert emitter.err == NOBODY
     assert emitter.ended() == 0
-
-
-def test_nothing_emitted_after_waiting_is_missed(pair: Pair) -> None:
-    receivers = [pair.receive() for _ in range(3)]
-    for number in range(5):
-        assert pair.emit(str(number)).ended() == 0
-    for receiver in receivers:
-        receiver.assert_prints(b"".join(b" [x] %d\n" % number for number in range(5)))
 
 
 def test_the_url_option_goes_before_the_variable(pair: Pair) -> None:
@@ -108,118 +82,26 @@ def test_the_url_option_goes_before_the_variable(pair: Pair) -> None:
     receiver.assert_prints(b" [x] there\n")
 
 
-def test_ctrl_c_in_a_terminal_ends_the_receiver_and_its_queue(
-    pair: Pair, broker: RabbitMqExecutor
-) -> None:
-    environment = user_environment(AMQP_URL=pair.url)
-    with pexpect.spawn(sys.executable, [str(RECEIVE_LOGS)], env=environment) as terminal:
-        terminal.expect_exact(WAITING.rstrip())
-        pair.emit("on the screen")
-        terminal.expect_exact(" [x] on the screen\r\n")
-        assert "amq.gen-" in broker.rabbitctl_output("-q", "list_queues", "name")
-        terminal.sendintr()
-        terminal.expect(pexpect.EOF)
-        assert terminal.before == b"^C"
-        terminal.wait()
-        assert terminal.exitstatus == 0
-    assert "amq.gen-" not in broker.rabbitctl_output("-q", "list_queues", "name")
+def test_tls_with_a_private_authority_works(pair: Pair, tls: Tls) -> None:
+    receiver = pair.receive("--url", tls.url)
+    assert pair.emit("in private", "--url", tls.url).ended() == 0
+    receiver.assert_prints(b" [x] in private\n")
 
 
-@SIGNALS
-def test_a_signal_ends_the_receiver_with_a_goodbye_to_the_broker(
-    pair: Pair, broker: RabbitMqExecutor, number: signal.Signals
-) -> None:
-    relay = Relay(broker.port)
-    receiver = pair.receive("--url", relay.url)
-    receiver.process.send_signal(number)
-    assert receiver.ended() == 0
-    assert receiver.err == WAITING
-    eventually(lambda: relay.said[0].endswith(Method(0, Connection.CloseOk()).marshal()))
-
-
-def test_an_emit_ends_with_a_goodbye_to_the_broker(pair: Pair, broker: RabbitMqExecutor) -> None:
-    relay = Relay(broker.port)
-    assert pair.emit("--url", relay.url).ended() == 0
-    eventually(lambda: relay.said[0].endswith(Method(0, Connection.CloseOk()).marshal()))
-
-
-def test_sigterm_ends_the_receiver_as_process_1_of_a_container(pair: Pair) -> None:
-    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
-    if os.getuid():
-        unshare += ["--user", "--map-root-user"]
-    with subprocess.Popen(
-        [*unshare, sys.executable, RECEIVE_LOGS],
-        env=user_environment(AMQP_URL=pair.url),
-        stderr=subprocess.PIPE,
-    ) as container:
-        assert container.stderr
-        assert container.stderr.readline().decode() == WAITING
-        [process_1] = psutil.Process(container.pid).children()
-        process_1.terminate()
-        try:
-            assert container.wait(30) == 0
-        finally:
-            container.kill()
-
-
-@pytest.fixture
-def slow_import(tmp_path: Path) -> str:
-    """Return a PYTHONPATH with which the scripts stop in the import of aio-pika, and say so."""
-    folder = tmp_path / "slow"
-    folder.mkdir()
-    stub = "import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(600)\n"
-    (folder / "aio_pika.py").write_text(stub)
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    ("script", "number", "status"),
-    [
-        (EMIT_LOG, signal.SIGINT, -signal.SIGINT),
-        (RECEIVE_LOGS, signal.SIGINT, 0),
-        (RECEIVE_LOGS, signal.SIGTERM, 0),
-    ],
-    ids=["emit_log-SIGINT", "receive_logs-SIGINT", "receive_logs-SIGTERM"],
-)
-def test_a_signal_ends_the_imports_without_a_traceback(
-    pair: Pair, slow_import: str, script: Path, number: signal.Signals, status: int
-) -> None:
-    importing = pair.start(script, PYTHONPATH=slow_import)
-    eventually(lambda: importing.err == "importing\n")
-    importing.process.send_signal(number)
-    assert importing.ended() == status
-    assert importing.err == "importing\n"
-
-
-def test_ctrl_c_ends_a_shell_loop_of_emits(slow_import: str) -> None:
-    loop = f"for i in 1 2 3; do '{sys.executable}' '{EMIT_LOG}'; done"
-    with pexpect.spawn(
-        "bash", ["-c", loop], env=user_environment(PYTHONPATH=slow_import)
-    ) as terminal:
-        terminal.expect_exact("importing\r\n")
-        terminal.sendintr()
-        terminal.expect(pexpect.EOF)
-        assert terminal.before == b"^C"
-
-
-def test_a_receiver_in_the_background_of_a_script_outlives_ctrl_c(pair: Pair) -> None:
-    # Such a shell starts it with SIGINT ignored.
-    command = f"'{sys.executable}' '{RECEIVE_LOGS}' & echo $!; wait"
-    with subprocess.Popen(
-        ["sh", "-c", command],
-        env=user_environment(AMQP_URL=pair.url),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as shell:
-        assert shell.stdout
-        assert shell.stderr
-        receiver = psutil.Process(int(shell.stdout.readline()))
-        assert shell.stderr.readline().decode() == WAITING
-        receiver.send_signal(signal.SIGINT)
-        pair.emit("still there")
-        assert shell.stdout.readline() == b" [x] still there\n"
-        receiver.terminate()
-        assert shell.wait(60) == 0
+def test_the_rights_in_the_readme_are_enough(pair: Pair, broker: RabbitMqExecutor) -> None:
+    rights = re.findall(r"`'(\S+)' '(\S+)' '(\S+)'`", (ROOT / "README.md").read_text())
+    emitter, receiver = (pair.url.replace("//", f"//{user}:secret@") for user in ("emits", "reads"))
+    pair.emit("the exchange is declared, whoever comes first")
+    try:
+        for user, patterns in zip(("emits", "reads"), rights, strict=True):
+            broker.rabbitctl_output("add_user", user, "secret")
+            broker.rabbitctl_output("set_permissions", user, *patterns)
+        reading = pair.receive("--url", receiver)
+        assert pair.emit("with few rights", "--url", emitter).ended() == 0
+        reading.assert_prints(b" [x] with few rights\n")
+    finally:
+        for user in "emits", "reads":
+            broker.rabbitctl_output("delete_user", user)
 
 
 @SCRIPTS
@@ -231,8 +113,8 @@ def test_the_help_fits_a_screen_and_has_an_example(script: Path) -> None:
 
 
 def test_every_python_line_in_the_readme_is_a_line_of_the_scripts() -> None:
-    code = EMIT_LOG.read_text() + RECEIVE_LOGS.read_text()
+    code = (EMIT_LOG.read_text() + RECEIVE_LOGS.read_text()).splitlines()
     shown = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line for block in shown for line in block.splitlines()]
+    lines = [line.strip() for block in shown for line in block.splitlines()]
     assert lines
-    assert [line for line in lines if line not in code] == []
+    assert [line for line in lines if line not in map(str.strip, code)] == []

@@ -1,4 +1,4 @@
-"""A way to the broker that can be cut at an exact byte."""
+"""Other ways to the broker: by TLS, and by one that can be cut at an exact byte; and no broker."""
 
 import os
 import select
@@ -7,7 +7,20 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from pytest_rabbitmq.factories.executor import RabbitMqExecutor
+
+
+class Tls(NamedTuple):
+    """The node's TLS listener, whose certificate is for localhost only."""
+
+    port: int
+    cafile: Path
+    url: str
 
 
 class Relay(threading.Thread):
@@ -76,3 +89,31 @@ def frame_ends(talk: bytes) -> list[int]:
         end += 7 + int.from_bytes(talk[end + 3 : end + 7], "big") + 1
         ends.append(end)
     return ends
+
+
+def signal_node(broker: RabbitMqExecutor, number: signal.Signals) -> None:
+    """Send a signal to all processes of the node."""
+    assert broker.process
+    os.killpg(broker.process.pid, number)
+
+
+@contextmanager
+def fake_server(*answers: bytes) -> Iterator[str]:
+    """Give the URL of a server that answers the nth words of a client with the nth answer.
+
+    After the last answer it hangs up; if that is empty, it stays and is silent.
+    """
+    with socket.create_server(("localhost", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError), listener.accept()[0] as client:
+                for answer in answers:
+                    client.recv(4096)
+                    client.sendall(answer)
+                if not answers or answers[-1]:
+                    client.shutdown(socket.SHUT_WR)
+                while client.recv(4096):
+                    pass
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"amqp://guest:secret@localhost:{listener.getsockname()[1]}/"

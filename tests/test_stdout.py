@@ -1,0 +1,324 @@
+"""stdout that is paused, gone, full or narrow; and signals, at any moment."""
+
+import fcntl
+import os
+import resource
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+import pexpect
+import psutil
+import pytest
+from pika.frame import Method
+from pika.spec import Connection
+from pytest_rabbitmq.factories.executor import RabbitMqExecutor
+from scripts import (
+    EMIT_LOG,
+    RECEIVE_LOGS,
+    WAITING,
+    Pair,
+    Script,
+    eventually,
+    full_pipe,
+)
+from servers import Relay, Tls, signal_node
+
+SLOW = "import sys, time; print('importing', file=sys.stderr, flush=True); time.sleep(600)"
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+def stall(pair: Pair, pipe: int) -> bytes:
+    """Publish a message that the receiver's pipe cannot hold and wait until it stalls there.
+
+    Return the line that it makes.
+    """
+    body = b"x" * 1_000_000
+    pair.publish(body)
+
+    def begun() -> int:
+        return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+    eventually(begun)
+    return b" [x] %s\n" % body
+
+
+def test_a_long_pause_of_stdout_loses_nothing(pair: Pair, stalled: tuple[Script, BinaryIO]) -> None:
+    receiver, out = stalled
+    idle = receiver.peak_memory()
+    terminal = pair.terminal(pair.url + "?heartbeat=2")
+    terminal.sendcontrol("s")
+
+    lines = [b" [x] %-100d" % number for number in range(20_000)]
+    pair.publish(*[line.removeprefix(b" [x] ") for line in lines])
+    # Five heartbeats: the broker gives up on a connection after two.
+    assert terminal.expect([r"\d", pexpect.TIMEOUT], timeout=5 * 2) == 1
+
+    expected = b"\n".join(lines) + b"\n"
+    assert out.read(len(expected)) == expected
+    assert receiver.err == WAITING
+    assert receiver.peak_memory() < idle + 16
+
+    terminal.sendcontrol("q")
+    terminal.expect_exact(lines[-1] + b"\r\n", searchwindowsize=1000)
+    assert terminal.before == b"".join(line + b"\r\n" for line in lines[:-1])
+
+
+def test_large_messages_wait_at_the_broker_while_stdout_is_paused(
+    pair: Pair, stalled: tuple[Script, BinaryIO]
+) -> None:
+    receiver, out = stalled
+    idle = receiver.peak_memory()
+    pair.publish(*[b"%-*d" % (2**20, number) for number in range(600)])
+    for number in range(600):
+        assert out.readline() == b" [x] %-*d\n" % (2**20, number)
+    assert receiver.err == WAITING
+    assert receiver.peak_memory() < idle + 450  # at most 300 of them, and a batch at a time
+
+
+def test_a_receiver_waits_for_a_stdout_that_its_parent_has_made_non_blocking(pair: Pair) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    receiver = pair.receive(stdout=writing)
+    os.close(writing)
+    line = stall(pair, reading)
+    with open(reading, "rb") as out:
+        assert out.read(len(line)) == line
+        assert receiver.err == WAITING
+        assert receiver.process.poll() is None
+
+
+def test_a_receiver_ends_quietly_once_nobody_reads_stdout(pair: Pair) -> None:
+    pipeline = pair.shell("receive_logs.py | head -n 1; echo ${PIPESTATUS[0]}")
+    assert pipeline.stdout
+    assert pipeline.stderr
+    assert pipeline.stderr.readline().decode() == WAITING
+    pair.emit("first")
+    assert pipeline.stdout.readline() == b" [x] first\n"
+    pair.wait_for_silence()
+    assert pipeline.stdout.read() == b"0\n"
+    assert pipeline.stderr.read() == b""
+
+
+def test_an_emitter_whose_stdout_nobody_reads_succeeds(pair: Pair) -> None:
+    pair.receive()
+    reading, unread = os.pipe()
+    os.close(reading)
+    emitter = pair.emit("unread", stdout=unread)
+    os.close(unread)
+    assert emitter.ended() == 0
+    assert emitter.err == ""
+
+
+def test_a_full_disk_is_told(pair: Pair) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    receiver = pair.receive(stdout=full)
+    emitter = pair.emit("too much", stdout=full)
+    os.close(full)
+    for script in receiver, emitter:
+        assert script.ended() == 1
+        assert "cannot write to stdout: No space left on device\n" in script.err
+        assert script.err.removeprefix(WAITING).count("\n") == 1
+
+
+def test_a_disk_that_takes_half_a_line_is_told(pair: Pair) -> None:
+    receiver = pair.receive(PYTHONUNBUFFERED="1")
+    resource.prlimit(receiver.process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    pair.emit("x" * 2000)
+    assert receiver.ended() == 1
+    assert receiver.err == WAITING + "receive_logs.py: cannot write to stdout: File too large\n"
+
+
+def test_a_closed_stdout_is_told_by_the_receiver_and_ignored_by_the_emitter(pair: Pair) -> None:
+    receiver = pair.shell("receive_logs.py >&-")
+    assert receiver.communicate() == (b"", b"receive_logs.py: stdout is closed\n")
+    assert receiver.returncode == 1
+    pair.receive()
+    emitter = pair.shell("emit_log.py >&-")
+    assert emitter.communicate() == (b"", b"")
+    assert emitter.returncode == 0
+
+
+def test_an_emitter_whose_stderr_is_full_succeeds(pair: Pair) -> None:
+    pair.wait_for_silence()  # so that it has something to say
+    assert pair.shell("emit_log.py 2>/dev/full").wait(60) == 0
+
+
+def test_a_closed_stderr_changes_nothing_on_stdout(pair: Pair) -> None:
+    receiver = pair.shell("exec receive_logs.py 2>&-")
+    pair.emit_until_routed("received")
+    receiver.terminate()
+    assert receiver.communicate() == (b" [x] received\n", b"")
+    assert receiver.returncode == 0
+
+
+def test_ctrl_c_in_a_terminal_ends_the_receiver_and_its_queue(
+    pair: Pair, broker: RabbitMqExecutor
+) -> None:
+    terminal = pair.terminal()
+    pair.emit("on the screen")
+    terminal.expect_exact(" [x] on the screen\r\n")
+    assert "amq.gen-" in broker.rabbitctl_output("-q", "list_queues", "name")
+    terminal.sendintr()
+    terminal.expect(pexpect.EOF)
+    assert terminal.before == b"^C"
+    terminal.wait()
+    assert terminal.exitstatus == 0
+    assert "amq.gen-" not in broker.rabbitctl_output("-q", "list_queues", "name")
+
+
+@SIGNALS
+def test_both_scripts_end_with_a_goodbye_to_the_broker(
+    pair: Pair, broker: RabbitMqExecutor, number: signal.Signals
+) -> None:
+    relays = [Relay(broker.port), Relay(broker.port)]
+    receiver = pair.receive("--url", relays[0].url)
+    assert pair.emit("--url", relays[1].url).ended() == 0
+    receiver.process.send_signal(number)
+    assert receiver.ended() == 0
+    assert receiver.err == WAITING
+    close_ok = Method(0, Connection.CloseOk()).marshal()
+    eventually(lambda: all(relay.said[0].endswith(close_ok) for relay in relays))
+
+
+@SIGNALS
+def test_a_signal_ends_a_receiver_whose_stdout_is_stalled(
+    pair: Pair, stalled: tuple[Script, BinaryIO], number: signal.Signals
+) -> None:
+    receiver, out = stalled
+    stall(pair, out.fileno())
+    receiver.process.send_signal(number)
+    assert receiver.ended() == 0
+    assert receiver.err == WAITING
+
+
+def test_a_signal_ends_a_receiver_whose_stderr_is_stalled(pair: Pair) -> None:
+    with full_pipe() as pipe:
+        receiver = pair.shell(f"exec receive_logs.py 2>/proc/{os.getpid()}/fd/{pipe}")
+        pair.emit_until_routed("waits for stderr, as in any pipeline")
+        receiver.terminate()
+        assert receiver.wait(60) == 0
+
+
+def test_ctrl_c_tears_no_line(pair: Pair, stalled: tuple[Script, BinaryIO]) -> None:
+    receiver, out = stalled
+    line = stall(pair, out.fileno())
+    receiver.process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        receiver.ended(0.2)  # it waits for the line to be read
+    assert out.read() == line
+    assert receiver.ended() == 0
+
+
+@pytest.mark.parametrize("byte", [b"\xff", b"\0", b"\n"], ids=str)
+def test_a_signal_ends_a_receiver_in_the_middle_of_a_large_message(pair: Pair, byte: bytes) -> None:
+    begun = time.process_time()
+    (b"\xff" * 2**20).decode(errors="backslashreplace")
+    escaping = time.process_time() - begun
+    others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    receiver = pair.receive()
+    pair.publish(byte * (50 * 2**20))
+    eventually(lambda: receiver.out_path.stat().st_size)
+    receiver.process.terminate()
+    assert receiver.ended() == 0
+    assert receiver.err == WAITING
+    # In CPU time, for the machine may be busy. To escape all of it takes 20 times as long or more.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - others < 10 * escaping
+
+
+@pytest.mark.usefixtures("healthy")
+def test_ctrl_c_ends_both_kinds_of_connection_to_a_frozen_broker(
+    pair: Pair, broker: RabbitMqExecutor, tls: Tls
+) -> None:
+    receivers = [pair.receive(), pair.receive("--url", tls.url)]
+    signal_node(broker, signal.SIGSTOP)
+    for receiver in receivers:
+        receiver.process.send_signal(signal.SIGINT)
+        assert receiver.ended(20) == 0
+        assert receiver.err == WAITING
+
+
+@pytest.mark.usefixtures("healthy")
+def test_ctrl_c_ends_a_receiver_that_waits_for_the_broker(
+    pair: Pair, broker: RabbitMqExecutor
+) -> None:
+    receiver = pair.receive()
+    broker.kill(sig=signal.SIGKILL)
+    eventually(lambda: "Connection refused" in receiver.err)
+    receiver.process.send_signal(signal.SIGINT)
+    assert receiver.ended() == 0
+    assert "Traceback" not in receiver.err
+
+
+def test_ctrl_c_ends_an_emitter_that_cannot_print(pair: Pair) -> None:
+    receiver = pair.receive()
+    with full_pipe() as pipe:
+        emitter = pair.start(EMIT_LOG, "stuck", stdout=pipe)
+        receiver.assert_prints(b" [x] stuck\n")
+        stuck = psutil.Process(emitter.process.pid)
+        eventually(lambda: stuck.status() == psutil.STATUS_SLEEPING and not stuck.net_connections())
+        emitter.process.send_signal(signal.SIGINT)
+        assert emitter.ended() == -signal.SIGINT
+        assert emitter.err == ""
+
+
+def test_sigterm_ends_the_receiver_as_process_1_of_a_container(pair: Pair) -> None:
+    unshare = "unshare --pid --fork --kill-child " + "--user --map-root-user " * (os.getuid() > 0)
+    allowed = pair.shell(unshare + "true")
+    if allowed.wait():
+        pytest.skip(f"no process 1 can be made here: {allowed.communicate()[1].decode()}")
+    container = pair.shell(f"exec {unshare} receive_logs.py")
+    assert container.stderr
+    assert container.stderr.readline().decode() == WAITING
+    [process_1] = psutil.Process(container.pid).children()
+    process_1.terminate()
+    assert container.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "number", "status"),
+    [
+        (EMIT_LOG, signal.SIGINT, -signal.SIGINT),  # which also ends a loop of a shell's
+        (RECEIVE_LOGS, signal.SIGINT, 0),
+        (RECEIVE_LOGS, signal.SIGTERM, 0),
+    ],
+)
+def test_a_signal_ends_the_imports_without_a_traceback(
+    pair: Pair, script: Path, number: signal.Signals, status: int
+) -> None:
+    importing = pair.start(script, PYTHONPATH=pair.python_path(aio_pika=SLOW))
+    eventually(lambda: importing.err == "importing\n")
+    importing.process.send_signal(number)
+    assert importing.ended() == status
+    assert importing.err == "importing\n"
+
+
+# A shell starts a command of a script's background with SIGINT ignored.
+
+
+def test_a_receiver_in_the_background_of_a_script_outlives_ctrl_c(pair: Pair) -> None:
+    shell = pair.shell("receive_logs.py & echo $!; wait")
+    assert shell.stdout
+    assert shell.stderr
+    receiver = psutil.Process(int(shell.stdout.readline()))
+    assert shell.stderr.readline().decode() == WAITING
+    receiver.send_signal(signal.SIGINT)
+    pair.emit("still there")
+    assert shell.stdout.readline() == b" [x] still there\n"
+    receiver.terminate()
+    assert shell.wait(60) == 0
+
+
+def test_an_emitter_in_the_background_of_a_script_outlives_ctrl_c(pair: Pair) -> None:
+    shell = pair.shell("emit_log.py & echo $!; wait $!", PYTHONPATH=pair.python_path(aio_pika=SLOW))
+    assert shell.stdout
+    assert shell.stderr
+    assert shell.stderr.readline() == b"importing\n"
+    emitter = psutil.Process(int(shell.stdout.readline()))
+    emitter.send_signal(signal.SIGINT)
+    emitter.terminate()
+    assert shell.wait(60) == 128 + signal.SIGTERM
