@@ -226,7 +226,7 @@ def test_a_signal_ends_a_receiver_in_the_middle_of_a_large_message(pair: Pair, b
     receiver.process.terminate()
     assert receiver.ended() == 0
     assert receiver.err == WAITING
-    # In CPU time, for the machine may be busy. To escape all of it takes 20 times as long or more.
+    # In CPU time, for the machine may be busy. To escape all of it in one go takes far longer.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - others < 10 * escaping
 
 
