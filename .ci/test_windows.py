@@ -52,9 +52,9 @@ def test_messages_arrive_in_a_pipe_with_any_letter_and_ctrl_c_is_quiet(pair: Pai
     windows = start(pair, RECEIVE_LOGS).waiting()
     emitter = start(pair, EMIT_LOG, LETTERS, "\x1b[2J")
     assert_says(emitter, 0, "")
-    shown = rb"h%s \u65e5\u672c %s \x1b[2J" % ("\u00e9".encode("cp1252"), "\u20ac".encode("cp1252"))
-    emitter.assert_prints(b" [x] Sent " + shown + b"\n")
-    windows.assert_prints(b" [x] " + shown + b"\n")
+    shown = rb"h%s \u65e5\u672c %s " % ("\u00e9".encode("cp1252"), "\u20ac".encode("cp1252"))
+    emitter.assert_prints(b" [x] Sent " + shown + b"\x1b[2J\n")
+    windows.assert_prints(b" [x] " + shown + rb"\x1b[2J" + b"\n")
     linux.assert_prints(b" [x] " + LETTERS.encode() + rb" \x1b[2J" + b"\n")
     windows.process.send_signal(signal.SIGINT)
     assert_says(windows, 0, WAITING)
@@ -79,7 +79,7 @@ def test_a_receiver_survives_a_restart_of_the_broker(pair: Pair, broker: RabbitM
     receiver = start(pair, RECEIVE_LOGS).waiting()
     with suppress(ProcessExitedWithError, ProcessFinishedWithError):
         broker.stop()
-    eventually(lambda: "Connection refused. Is RabbitMQ running there?\n" in receiver.err)
+    eventually(lambda: "cannot connect. Is RabbitMQ running there?\n" in receiver.err)
     broker.start()
     receiver.waiting(times=2)
     assert receiver.err.startswith(WAITING + LOST)
@@ -89,20 +89,20 @@ def test_a_receiver_survives_a_restart_of_the_broker(pair: Pair, broker: RabbitM
 
 @SCRIPTS
 @pytest.mark.parametrize(
-    ("url", "status", "told"),
+    ("url", "told"),
     [
-        ("amqp://localhost:1/", 1, "localhost:1/: Connection refused. Is RabbitMQ running there?"),
-        ("amqp://guest:wrong@localhost:{port}/", 1, "Is it the right URL? See --url and AMQP_URL"),
-        ("localhost", 2, "the URL has to look like amqp://user:password@host:port/vhost"),
+        ("amqp://localhost:1/", "localhost:1/: cannot connect. Is RabbitMQ running there?"),
+        ("amqp://guest:wrong@localhost:{port}/", "For details see the broker logfile."),
+        ("localhost", "the URL has to look like amqp://user:password@host:port/vhost"),
     ],
-    ids=["no broker", "wrong password", "wrong usage"],
+    ids=["no broker", "wrong password", "wrong form"],
 )
 def test_what_cannot_work_is_told_in_a_line(
-    pair: Pair, broker: RabbitMqExecutor, script: Path, url: str, status: int, told: str
+    pair: Pair, broker: RabbitMqExecutor, script: Path, url: str, told: str
 ) -> None:
     refused = start(pair, script, "--url", url.format(port=broker.port))
-    assert_says(refused, status, f"{told}\n")
-    assert len(refused.err.splitlines()) == status  # wrong usage has a line of usage, too
+    assert_says(refused, 1, f"{told}\n")
+    assert len(refused.err.splitlines()) == 1
     assert refused.out == b""
 
 

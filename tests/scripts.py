@@ -1,12 +1,11 @@
 """The two scripts, started as a user starts them, and conditions to wait for."""
 
-import fcntl
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -41,16 +40,6 @@ def user_environment(**variables: str) -> dict[str, str]:
     """Return the environment without what changes how the scripts behave."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "AMQP"))}
     return ours | variables
-
-
-@contextmanager
-def full_pipe() -> Iterator[int]:
-    """Give the writing end of a pipe that nobody reads and that takes no byte more."""
-    reading, writing = os.pipe()
-    os.write(writing, bytes(fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)))
-    yield writing
-    os.close(reading)
-    os.close(writing)
 
 
 @dataclass

@@ -38,18 +38,29 @@ class Relay(threading.Thread):
         self.silent = silent
         self.said: list[bytes] = []
         self.script: subprocess.Popen[bytes] | None = None
+        self.gone = False
         self.listener = socket.create_server(("localhost", 0))
         self.url = f"amqp://localhost:{self.listener.getsockname()[1]}/"
         self.start()
 
     def run(self) -> None:
         """Serve one connection after the other."""
-        while True:
+        while not self.gone:
             client, _ = self.listener.accept()
             cut = self.cuts.pop(0) if self.cuts else sys.maxsize
-            broker = socket.create_connection(("localhost", self.port))
-            with broker, client, suppress(OSError):
-                self.serve(client, broker, cut)
+            self.broker = socket.create_connection(("localhost", self.port))
+            with self.broker, client, suppress(OSError):
+                self.serve(client, self.broker, cut)
+        self.listener.close()
+
+    def hang_up(self) -> None:
+        """End the connection."""
+        self.broker.shutdown(socket.SHUT_RDWR)
+
+    def go_away(self) -> None:
+        """End the connection, and refuse others."""
+        self.gone = True
+        self.hang_up()
 
     def serve(self, client: socket.socket, broker: socket.socket, cut: int) -> None:
         """Pass on what both say, until one goes away or the cut comes."""

@@ -2,12 +2,9 @@
 
 import fcntl
 import os
-import resource
 import signal
-import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,11 +21,16 @@ from scripts import (
     Pair,
     Script,
     eventually,
-    full_pipe,
 )
 from servers import Relay, Tls, signal_node
 
 SLOW = "import sys, time; print('importing', file=sys.stderr, flush=True); time.sleep(600)"
+# For a script that waits not a second, but a minute: a busy machine may need more than a second.
+PATIENCE = """
+from asyncio import BaseEventLoop
+real = BaseEventLoop.call_later
+BaseEventLoop.call_later = lambda loop, s, *a, **k: real(loop, 60 * s if s == 1 else s, *a, **k)
+"""
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 
@@ -55,8 +57,8 @@ def test_a_long_pause_of_stdout_loses_nothing(pair: Pair, stalled: tuple[Script,
 
     lines = [b" [x] %-100d" % number for number in range(20_000)]
     pair.publish(*[line.removeprefix(b" [x] ") for line in lines])
-    # Five heartbeats: the broker gives up on a connection after two.
-    assert terminal.expect([r"\d", pexpect.TIMEOUT], timeout=5 * 2) == 1
+    # Three heartbeats: the broker gives up on a connection after two.
+    assert terminal.expect([r"\d", pexpect.TIMEOUT], timeout=3 * 2) == 1
 
     expected = b"\n".join(lines) + b"\n"
     assert out.read(len(expected)) == expected
@@ -73,11 +75,11 @@ def test_large_messages_wait_at_the_broker_while_stdout_is_paused(
 ) -> None:
     receiver, out = stalled
     idle = receiver.peak_memory()
-    pair.publish(*[b"%-*d" % (2**20, number) for number in range(600)])
-    for number in range(600):
+    pair.publish(*[b"%-*d" % (2**20, number) for number in range(250)])
+    for number in range(250):
         assert out.readline() == b" [x] %-*d\n" % (2**20, number)
     assert receiver.err == WAITING
-    assert receiver.peak_memory() < idle + 450  # at most 300 of them, and a batch at a time
+    assert receiver.peak_memory() < idle + 150  # at most 110 of them, and what one needs
 
 
 def test_a_receiver_waits_for_a_stdout_that_its_parent_has_made_non_blocking(pair: Pair) -> None:
@@ -104,33 +106,16 @@ def test_a_receiver_ends_quietly_once_nobody_reads_stdout(pair: Pair) -> None:
     assert pipeline.stderr.read() == b""
 
 
-def test_an_emitter_whose_stdout_nobody_reads_succeeds(pair: Pair) -> None:
-    pair.receive()
-    reading, unread = os.pipe()
-    os.close(reading)
-    emitter = pair.emit("unread", stdout=unread)
-    os.close(unread)
-    assert emitter.ended() == 0
-    assert emitter.err == ""
-
-
-def test_a_full_disk_is_told(pair: Pair) -> None:
+def test_a_full_disk_ends_a_receiver_but_a_confirmed_emit_is_a_success(pair: Pair) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     receiver = pair.receive(stdout=full)
     emitter = pair.emit("too much", stdout=full)
     os.close(full)
-    for script in receiver, emitter:
-        assert script.ended() == 1
-        assert "cannot write to stdout: No space left on device\n" in script.err
-        assert script.err.removeprefix(WAITING).count("\n") == 1
-
-
-def test_a_disk_that_takes_half_a_line_is_told(pair: Pair) -> None:
-    receiver = pair.receive(PYTHONUNBUFFERED="1")
-    resource.prlimit(receiver.process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
-    pair.emit("x" * 2000)
+    assert emitter.ended() == 0
+    assert emitter.err == ""
     assert receiver.ended() == 1
-    assert receiver.err == WAITING + "receive_logs.py: cannot write to stdout: File too large\n"
+    told = "receive_logs.py: cannot write to stdout: [Errno 28] No space left on device\n"
+    assert receiver.err == WAITING + told
 
 
 def test_a_closed_stdout_is_told_by_the_receiver_and_ignored_by_the_emitter(pair: Pair) -> None:
@@ -141,11 +126,6 @@ def test_a_closed_stdout_is_told_by_the_receiver_and_ignored_by_the_emitter(pair
     emitter = pair.shell("emit_log.py >&-")
     assert emitter.communicate() == (b"", b"")
     assert emitter.returncode == 0
-
-
-def test_an_emitter_whose_stderr_is_full_succeeds(pair: Pair) -> None:
-    pair.wait_for_silence()  # so that it has something to say
-    assert pair.shell("emit_log.py 2>/dev/full").wait(60) == 0
 
 
 def test_a_closed_stderr_changes_nothing_on_stdout(pair: Pair) -> None:
@@ -168,7 +148,7 @@ def test_ctrl_c_in_a_terminal_ends_the_receiver_and_its_queue(
     assert terminal.before == b"^C"
     terminal.wait()
     assert terminal.exitstatus == 0
-    assert "amq.gen-" not in broker.rabbitctl_output("-q", "list_queues", "name")
+    eventually(lambda: "amq.gen-" not in broker.rabbitctl_output("-q", "list_queues", "name"))
 
 
 @SIGNALS
@@ -176,8 +156,9 @@ def test_both_scripts_end_with_a_goodbye_to_the_broker(
     pair: Pair, broker: RabbitMqExecutor, number: signal.Signals
 ) -> None:
     relays = [Relay(broker.port), Relay(broker.port)]
-    receiver = pair.receive("--url", relays[0].url)
-    assert pair.emit("--url", relays[1].url).ended() == 0
+    path = pair.python_path(sitecustomize=PATIENCE)
+    receiver = pair.receive("--url", relays[0].url, PYTHONPATH=path)
+    assert pair.emit("--url", relays[1].url, PYTHONPATH=path).ended() == 0
     receiver.process.send_signal(number)
     assert receiver.ended() == 0
     assert receiver.err == WAITING
@@ -196,38 +177,30 @@ def test_a_signal_ends_a_receiver_whose_stdout_is_stalled(
     assert receiver.err == WAITING
 
 
-def test_a_signal_ends_a_receiver_whose_stderr_is_stalled(pair: Pair) -> None:
-    with full_pipe() as pipe:
-        receiver = pair.shell(f"exec receive_logs.py 2>/proc/{os.getpid()}/fd/{pipe}")
-        pair.emit_until_routed("waits for stderr, as in any pipeline")
-        receiver.terminate()
-        assert receiver.wait(60) == 0
-
-
-def test_ctrl_c_tears_no_line(pair: Pair, stalled: tuple[Script, BinaryIO]) -> None:
-    receiver, out = stalled
-    line = stall(pair, out.fileno())
+def test_ctrl_c_tears_no_line_and_loses_none_that_has_come(pair: Pair) -> None:
+    reading, writing = os.pipe()
+    receiver = pair.receive(stdout=writing, PYTHONPATH=pair.python_path(sitecustomize=PATIENCE))
+    os.close(writing)
+    line = stall(pair, reading)
+    pair.publish(b"behind it")
     receiver.process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        receiver.ended(0.2)  # it waits for the line to be read
-    assert out.read() == line
+    with open(reading, "rb") as out:
+        assert out.read() in (line, line + b" [x] behind it\n")
     assert receiver.ended() == 0
 
 
-@pytest.mark.parametrize("byte", [b"\xff", b"\0", b"\n"], ids=str)
-def test_a_signal_ends_a_receiver_in_the_middle_of_a_large_message(pair: Pair, byte: bytes) -> None:
-    begun = time.process_time()
-    (b"\xff" * 2**20).decode(errors="backslashreplace")
-    escaping = time.process_time() - begun
-    others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+@pytest.mark.parametrize(("byte", "shown"), [(b"\xff", rb"\xff"), (b"\n", b"\n     ")], ids=str)
+def test_a_signal_ends_a_receiver_in_the_middle_of_a_large_message(
+    pair: Pair, byte: bytes, shown: bytes
+) -> None:
+    size = 2**26
     receiver = pair.receive()
-    pair.publish(byte * (50 * 2**20))
+    pair.publish(byte * size)
     eventually(lambda: receiver.out_path.stat().st_size)
     receiver.process.terminate()
     assert receiver.ended() == 0
     assert receiver.err == WAITING
-    # In CPU time, for the machine may be busy. To escape all of it in one go takes far longer.
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - others < 10 * escaping
+    assert receiver.out_path.stat().st_size < 0.8 * size * len(shown)
 
 
 @pytest.mark.usefixtures("healthy")
@@ -242,41 +215,16 @@ def test_ctrl_c_ends_both_kinds_of_connection_to_a_frozen_broker(
         assert receiver.err == WAITING
 
 
-@pytest.mark.usefixtures("healthy")
 def test_ctrl_c_ends_a_receiver_that_waits_for_the_broker(
     pair: Pair, broker: RabbitMqExecutor
 ) -> None:
-    receiver = pair.receive()
-    broker.kill(sig=signal.SIGKILL)
-    eventually(lambda: "Connection refused" in receiver.err)
+    relay = Relay(broker.port)
+    receiver = pair.receive("--url", relay.url)
+    relay.go_away()
+    eventually(lambda: "cannot connect" in receiver.err)
     receiver.process.send_signal(signal.SIGINT)
     assert receiver.ended() == 0
     assert "Traceback" not in receiver.err
-
-
-def test_ctrl_c_ends_an_emitter_that_cannot_print(pair: Pair) -> None:
-    receiver = pair.receive()
-    with full_pipe() as pipe:
-        emitter = pair.start(EMIT_LOG, "stuck", stdout=pipe)
-        receiver.assert_prints(b" [x] stuck\n")
-        stuck = psutil.Process(emitter.process.pid)
-        eventually(lambda: stuck.status() == psutil.STATUS_SLEEPING and not stuck.net_connections())
-        emitter.process.send_signal(signal.SIGINT)
-        assert emitter.ended() == -signal.SIGINT
-        assert emitter.err == ""
-
-
-def test_sigterm_ends_the_receiver_as_process_1_of_a_container(pair: Pair) -> None:
-    unshare = "unshare --pid --fork --kill-child " + "--user --map-root-user " * (os.getuid() > 0)
-    allowed = pair.shell(unshare + "true")
-    if allowed.wait():
-        pytest.skip(f"no process 1 can be made here: {allowed.communicate()[1].decode()}")
-    container = pair.shell(f"exec {unshare} receive_logs.py")
-    assert container.stderr
-    assert container.stderr.readline().decode() == WAITING
-    [process_1] = psutil.Process(container.pid).children()
-    process_1.terminate()
-    assert container.wait(30) == 0
 
 
 @pytest.mark.parametrize(
@@ -297,10 +245,8 @@ def test_a_signal_ends_the_imports_without_a_traceback(
     assert importing.err == "importing\n"
 
 
-# A shell starts a command of a script's background with SIGINT ignored.
-
-
 def test_a_receiver_in_the_background_of_a_script_outlives_ctrl_c(pair: Pair) -> None:
+    # A shell starts a command of a script's background with SIGINT ignored.
     shell = pair.shell("receive_logs.py & echo $!; wait")
     assert shell.stdout
     assert shell.stderr
@@ -311,14 +257,3 @@ def test_a_receiver_in_the_background_of_a_script_outlives_ctrl_c(pair: Pair) ->
     assert shell.stdout.readline() == b" [x] still there\n"
     receiver.terminate()
     assert shell.wait(60) == 0
-
-
-def test_an_emitter_in_the_background_of_a_script_outlives_ctrl_c(pair: Pair) -> None:
-    shell = pair.shell("emit_log.py & echo $!; wait $!", PYTHONPATH=pair.python_path(aio_pika=SLOW))
-    assert shell.stdout
-    assert shell.stderr
-    assert shell.stderr.readline() == b"importing\n"
-    emitter = psutil.Process(int(shell.stdout.readline()))
-    emitter.send_signal(signal.SIGINT)
-    emitter.terminate()
-    assert shell.wait(60) == 128 + signal.SIGTERM
