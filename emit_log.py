@@ -50,7 +50,7 @@ async def emit_log(url: str, body: bytes) -> int:
             await asyncio.wait({asyncio.create_task(connection.close())}, timeout=1)
     with suppress(OSError):  # nobody has to read it
         print(" [x] Sent", body.decode(errors="backslashreplace"), flush=True)
-    if isinstance(answer, DeliveredMessage):
+    if isinstance(answer, DeliveredMessage):  # the message itself, not a confirm
         say("emit_log.py: no receiver is listening: the broker discarded the message")
     return 0
 
@@ -68,7 +68,7 @@ def explain(url: str, error: BaseException) -> str:
             words = "no such vhost, or not for this user, or it is down, or too many connections"
         case exceptions.DeliveryError():
             words = "the broker rejected the message for at least one queue"
-        case BaseException() if not str(error) or "Server connection" in str(error):
+        case BaseException() if not str(error) or "Server connection" in str(error):  # aiormq's
             words = "the server hung up"
         case _:
             words = f"{type(error).__name__}: {error}"

@@ -29,12 +29,6 @@ TIMEOUT = 10  # seconds, to connect and subscribe
 PREFETCH = 110  # the broker sends us so many messages, and more when we acknowledge some
 URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost/"
 LOST = "receive_logs.py: lost the queue and the logs in it; more are missed until the next Waiting"
-UNSAFE = re.compile(
-    r"(?:[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, except tab and newline
-    r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # other ends of a line, marks that turn text
-    r"\udc80-\udcff]"  # bytes that are not UTF-8, as "surrogateescape" has them: 0xff is U+DCFF
-    r"[a-zA-Z0-9 ]*)+"  # words in between need no escape, but one long match is faster than many
-)
 
 
 class End(int):
@@ -99,11 +93,11 @@ async def print_logs(backlog: Backlog) -> int:
         if messages := [item for item in batch if isinstance(item, DeliveredMessage)]:
             last = messages[-1]  # multiple=True acknowledges all before it, too
             with suppress(Exception):  # its channel may be lost
-                assert last.delivery_tag
+                assert last.delivery_tag  # for the type checker
                 await last.channel.basic_ack(last.delivery_tag, multiple=True, wait=False)
         if ends := [item for item in batch if isinstance(item, End)]:
             return ends[0]
-        del batch, messages  # their memory is free before more comes
+        del batch, messages  # else they would stay in memory while more comes
         await asyncio.sleep(0.005)  # a burst becomes one batch, but the broker need not wait for us
 
 
@@ -127,7 +121,13 @@ def harmless(text: str) -> str:
     """Escape what is unsafe. Indent further lines, so that they cannot pass for messages."""
     if text.isprintable():  # as most messages are: faster than to search
         return text
-    safe = UNSAFE.sub(lambda found: repr(found[0])[1:-1].replace(r"\udc", r"\x"), text)
+    unsafe = (
+        r"(?:[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, except tab and newline
+        r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # ends of a line, marks that turn text
+        r"\udc80-\udcff]"  # bytes that are not UTF-8: "surrogateescape" makes U+DCFF of 0xff
+        r"[a-zA-Z0-9 ]*)+"  # for speed, with the words between them: repr leaves those as they are
+    )
+    safe = re.sub(unsafe, lambda found: repr(found[0])[1:-1].replace(r"\udc", r"\x"), text)
     return safe.replace("\n", "\n     ")
 
 
@@ -148,7 +148,7 @@ def explain(url: str, error: BaseException) -> str:
             words = "cannot connect. Is RabbitMQ running there?"
         case exceptions.InvalidFrameError() if "OpenOk" in str(error):  # aiormq drops the reason
             words = "no such vhost, or not for this user, or it is down, or too many connections"
-        case BaseException() if not str(error) or "Server connection" in str(error):
+        case BaseException() if not str(error) or "Server connection" in str(error):  # aiormq's
             words = "the server hung up"
         case _:  # without the name of the queue, which is new in each try
             words = re.sub("amq.gen-[^']*", "amq.gen-...", f"{type(error).__name__}: {error}")

@@ -33,11 +33,6 @@ def the_only(broker: RabbitMqExecutor, *columns: str) -> list[str]:
     return eventually(one)
 
 
-def end_connections(broker: RabbitMqExecutor) -> None:
-    """Let the broker close all connections, as it does when it stops."""
-    broker.rabbitctl_output("close_all_connections", "the broker stops")
-
-
 def reasons(receiver: Script) -> list[str]:
     """Return why a receiver could not come back at once, after its only loss so far."""
     told = receiver.err.removeprefix(WAITING + LOST).removesuffix(WAITING)
@@ -69,13 +64,6 @@ def test_a_receiver_survives_a_restart_of_the_broker(pair: Pair, broker: RabbitM
     eventually(lambda: reasons(receiver)[-1:] == ["cannot connect. Is RabbitMQ running there?"])
     broker.start()
     assert_subscribed_again(pair, receiver, b" [x] before\n")
-
-
-def test_a_receiver_survives_the_goodbye_of_a_broker(pair: Pair, broker: RabbitMqExecutor) -> None:
-    receiver = pair.receive()
-    end_connections(broker)
-    assert_subscribed_again(pair, receiver)
-    assert reasons(receiver) == []
 
 
 def test_a_receiver_survives_a_broker_that_freezes(pair: Pair, broker: RabbitMqExecutor) -> None:
@@ -206,7 +194,7 @@ def test_the_line_of_a_loss_stands_where_the_gap_is(pair: Pair, broker: RabbitMq
     pair.shell(f"exec receive_logs.py >'{log}' 2>&1")
     eventually(lambda: log.exists() and log.read_text() == WAITING)
     pair.publish(*[b"before"] * 1000)
-    end_connections(broker)
+    broker.rabbitctl_output("close_all_connections", "the broker stops")
     pair.emit_until_routed("after")
     eventually(lambda: log.read_text().endswith(" [x] after\n"))
     before, after = log.read_text().removeprefix(WAITING).split(LOST)
@@ -224,7 +212,7 @@ def test_many_losses_in_one_pause_do_not_fill_the_memory(
         pair.emit_until_routed("begin")
         pair.publish(*bodies)
         eventually(lambda: the_only(broker, "messages_unacknowledged") == ["110"])
-        end_connections(broker)
+        broker.rabbitctl_output("close_all_connections", "the broker stops")
     # The messages of one subscription are 55 MiB. With those of two, it does not come back,
     # although there is time for three tries.
     time.sleep(3)

@@ -85,20 +85,6 @@ def test_a_key_log_that_cannot_be_written_is_told_by_its_name(
 
 
 @SCRIPTS
-def test_another_exchange_of_that_name_is_told_in_harmless_words_of_the_broker(
-    pair: Pair, channel: BlockingChannel, script: Path
-) -> None:
-    hostile = {"alternate-exchange": "\x1b[2J\n [x] forged"}
-    for kind, told in ("topic", "received 'fanout' but current is 'topic'"), ("fanout", r"\x1b[2J"):
-        channel.exchange_delete("logs")
-        channel.exchange_declare("logs", kind, arguments=hostile)
-        try:
-            assert told in plain_line(pair.start(script))
-        finally:
-            channel.exchange_delete("logs")
-
-
-@SCRIPTS
 @pytest.mark.parametrize(
     ("answers", "told"),
     [

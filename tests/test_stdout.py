@@ -128,14 +128,6 @@ def test_a_closed_stdout_is_told_by_the_receiver_and_ignored_by_the_emitter(pair
     assert emitter.returncode == 0
 
 
-def test_a_closed_stderr_changes_nothing_on_stdout(pair: Pair) -> None:
-    receiver = pair.shell("exec receive_logs.py 2>&-")
-    pair.emit_until_routed("received")
-    receiver.terminate()
-    assert receiver.communicate() == (b" [x] received\n", b"")
-    assert receiver.returncode == 0
-
-
 def test_ctrl_c_in_a_terminal_ends_the_receiver_and_its_queue(
     pair: Pair, broker: RabbitMqExecutor
 ) -> None:

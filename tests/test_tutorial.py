@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kombu
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
@@ -12,7 +13,9 @@ from scripts import EMIT_LOG, NOBODY, RECEIVE_LOGS, ROOT, SCRIPTS, WAITING, Pair
 from servers import Tls
 
 
-def test_every_receiver_prints_the_message(pair: Pair) -> None:
+def test_every_receiver_prints_the_message_from_a_queue_that_the_broker_names(
+    pair: Pair, broker: RabbitMqExecutor
+) -> None:
     receivers = [pair.receive(), pair.receive()]
     emitter = pair.emit("hello", "world")
     assert emitter.out == b" [x] Sent hello world\n"
@@ -21,13 +24,6 @@ def test_every_receiver_prints_the_message(pair: Pair) -> None:
     for receiver in receivers:
         receiver.assert_prints(b" [x] hello world\n")
         assert receiver.err == WAITING
-
-
-def test_the_broker_has_the_exchange_of_the_tutorials_and_queues_that_it_names_itself(
-    pair: Pair, broker: RabbitMqExecutor
-) -> None:
-    pair.receive()
-    pair.receive()
     exchanges = broker.rabbitctl_output("-q", "list_exchanges", "name", "type", "durable")
     assert "logs\tfanout\tfalse" in exchanges
     bindings = broker.rabbitctl_output("-q", "list_bindings", "source_name", "destination_name")
@@ -57,6 +53,39 @@ def test_other_clients_receive_the_bytes_as_typed(
 
     # The emitter ended after the confirm, and the broker confirms what is in the queue.
     assert channel.basic_get(queue, auto_ack=True)[2] == message
+
+
+@pytest.mark.parametrize("first", ["kombu", "receiver"])
+def test_kombu_is_shown_if_its_exchange_is_not_durable(
+    pair: Pair, channel: BlockingChannel, first: str
+) -> None:
+    channel.exchange_delete("logs")
+    exchange = kombu.Exchange("logs", type="fanout", durable=False)
+    with kombu.Connection(pair.url) as connection:
+        if first == "kombu":
+            exchange(connection.default_channel).declare()
+        receiver = pair.receive()
+        connection.Producer().publish("from kombu", exchange=exchange, declare=[exchange])
+    receiver.assert_prints(b" [x] from kombu\n")
+
+
+def test_a_durable_exchange_is_told_and_another_vhost_is_the_way_out(
+    pair: Pair, broker: RabbitMqExecutor, channel: BlockingChannel
+) -> None:
+    channel.exchange_delete("logs")
+    with kombu.Connection(pair.url) as connection:
+        kombu.Exchange("logs", type="fanout")(connection.default_channel).declare()
+    try:
+        for refused in pair.start(EMIT_LOG), pair.start(RECEIVE_LOGS):
+            assert refused.ended() == 1
+            assert refused.err.endswith("vhost '/': received 'false' but current is 'true'\n")
+        broker.rabbitctl_output("add_vhost", "tutorial")
+        broker.rabbitctl_output("set_permissions", "-p", "tutorial", "guest", ".*", ".*", ".*")
+        receiver = pair.receive(AMQP_URL=pair.url + "tutorial")
+        assert pair.emit("there", AMQP_URL=pair.url + "tutorial").err == ""
+        receiver.assert_prints(b" [x] there\n")
+    finally:
+        channel.exchange_delete("logs")
 
 
 def test_an_emitter_that_nobody_hears_says_so_and_succeeds(pair: Pair) -> None:
