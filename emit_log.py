@@ -2,7 +2,8 @@
 
   python emit_log.py "disk almost full"
 
-Exit status: 0 confirmed by the broker, 1 error (one line on stderr), 2 usage.
+Exit status: 0 confirmed by the broker, even if nobody received it, 1 error (one line on stderr),
+2 usage.
 """
 
 import signal
@@ -76,7 +77,7 @@ def explain(url: str, error: BaseException) -> str:
 
 
 def say(words: str) -> None:
-    """Print one line on stderr, if that is possible, and harmless, whoever wrote the words."""
+    """Print one line on stderr, if possible. Escape what is unsafe: the broker may have said it."""
     harmless = "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
     with suppress(OSError, AttributeError):  # sys.stderr is None if it is closed
         sys.stderr.write(harmless + "\n")

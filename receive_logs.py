@@ -26,13 +26,19 @@ from aio_pika import ExchangeType, connect, exceptions
 from aiormq.abc import DeliveredMessage
 
 TIMEOUT = 10  # seconds, to connect and subscribe
-PREFETCH = 110  # the broker sends us so many messages, and more when we acknowledge some
+PREFETCH = 110  # the most messages that the broker sends us before we acknowledge some
 URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost/"
 LOST = "receive_logs.py: lost the queue and the logs in it; more are missed until the next Waiting"
+CONTROLS = [*range(0x20), *range(0x7F, 0xA0)]
+MARKS = [0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]  # reverse text
+NOT_UTF_8 = range(0xDC80, 0xDD00)  # "surrogateescape" makes U+DCFF of the byte 0xff
+UNSAFE = map(chr, [*CONTROLS, *MARKS, *NOT_UTF_8])
+# What is printed for a character. U+DCFF becomes \xff, as the byte was.
+SHOWN = {c: repr(c)[1:-1].replace(r"\udc", r"\x") for c in UNSAFE} | {"\t": "\t", "\n": "\n     "}
 
 
 class End(int):
-    """The exit status, as the last item of a backlog: print_logs ends there."""
+    """The exit status, as an item of the backlog: print_logs ends there."""
 
 
 Item = DeliveredMessage | str | End  # a message for stdout, a line for stderr, or the end
@@ -69,8 +75,8 @@ async def stay_subscribed(url: str, backlog: Backlog) -> None:
     first_try, told = True, set[str]()  # told: what was said in this outage
     while True:
         a_second = asyncio.create_task(asyncio.sleep(1))
-        # Returned: any error of receive_logs, also the CancelledError that aiormq raises for a lost
-        # connection. Raised: the CancelledError with which main ends us.
+        # The error, or None. gather returns even a CancelledError that aiormq has raised for a lost
+        # connection. It raises one here only if main cancels us.
         [error] = await asyncio.gather(receive_logs(url, backlog), return_exceptions=True)
         if not error:
             first_try, told = False, set()
@@ -80,25 +86,28 @@ async def stay_subscribed(url: str, backlog: Backlog) -> None:
         if first_try:
             return await backlog.put(End(1))
         await a_second  # at most one try in that time
-        while backlog.qsize() > PREFETCH:  # stdout is paused: each try could add PREFETCH more
+        while backlog.qsize() > PREFETCH:  # stdout is paused: each queue could add PREFETCH more
             await asyncio.sleep(1)
 
 
 async def print_logs(backlog: Backlog) -> int:
-    """Print what comes, and acknowledge it. At the end, return the exit status. Raises OSError."""
-    while True:
-        batch = [await backlog.get()]
-        batch += [backlog.get_nowait() for _ in range(backlog.qsize())]
-        await asyncio.to_thread(write, batch)  # a paused terminal holds up this thread alone
-        if messages := [item for item in batch if isinstance(item, DeliveredMessage)]:
-            last = messages[-1]  # multiple=True acknowledges all before it, too
-            with suppress(Exception):  # its channel may be lost
-                assert last.delivery_tag  # for the type checker
-                await last.channel.basic_ack(last.delivery_tag, multiple=True, wait=False)
-        if ends := [item for item in batch if isinstance(item, End)]:
-            return ends[0]
-        del batch, messages  # else they would stay in memory while more comes
-        await asyncio.sleep(0.005)  # a burst becomes one batch, but the broker need not wait for us
+    """Print what comes until the End comes, and return the exit status. Raises OSError."""
+    while (end := await print_batch(backlog)) is None:
+        await asyncio.sleep(0.005)  # long enough to collect a burst, too short for all of PREFETCH
+    return end
+
+
+async def print_batch(backlog: Backlog) -> End | None:
+    """Print and acknowledge what is in the backlog. Return the End, if it is there."""
+    batch = [await backlog.get()]
+    batch += [backlog.get_nowait() for _ in range(backlog.qsize())]
+    await asyncio.to_thread(write, batch)  # a paused terminal holds up this thread alone
+    if messages := [item for item in batch if isinstance(item, DeliveredMessage)]:
+        last = messages[-1]  # multiple=True acknowledges all before it, too
+        with suppress(Exception):  # its channel may be lost
+            assert last.delivery_tag  # for the type checker
+            await last.channel.basic_ack(last.delivery_tag, multiple=True, wait=False)
+    return next((item for item in batch if isinstance(item, End)), None)
 
 
 def write(batch: list[Item]) -> None:
@@ -119,16 +128,7 @@ def write(batch: list[Item]) -> None:
 
 def harmless(text: str) -> str:
     """Escape what is unsafe. Indent further lines, so that they cannot pass for messages."""
-    if text.isprintable():  # as most messages are: faster than to search
-        return text
-    unsafe = (
-        r"(?:[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, except tab and newline
-        r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # ends of a line, marks that turn text
-        r"\udc80-\udcff]"  # bytes that are not UTF-8: "surrogateescape" makes U+DCFF of 0xff
-        r"[a-zA-Z0-9 ]*)+"  # for speed, with the words between them: repr leaves those as they are
-    )
-    safe = re.sub(unsafe, lambda found: repr(found[0])[1:-1].replace(r"\udc", r"\x"), text)
-    return safe.replace("\n", "\n     ")
+    return text if text.isprintable() else "".join(SHOWN.get(c, c) for c in text)
 
 
 def say(words: str) -> None:
