@@ -30,7 +30,7 @@ PREFETCH = 110  # the most messages that the broker sends us before we acknowled
 URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost/"
 LOST = "receive_logs.py: lost the queue and the logs in it; more are missed until the next Waiting"
 CONTROLS = [*range(0x20), *range(0x7F, 0xA0)]
-MARKS = [0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]  # reverse text
+MARKS = [0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]  # end or turn lines
 NOT_UTF_8 = range(0xDC80, 0xDD00)  # "surrogateescape" makes U+DCFF of the byte 0xff
 UNSAFE = map(chr, [*CONTROLS, *MARKS, *NOT_UTF_8])
 # What is printed for a character. U+DCFF becomes \xff, as the byte was.
