@@ -93,7 +93,7 @@ async def stay_subscribed(url: str, backlog: Backlog) -> None:
 async def print_logs(backlog: Backlog) -> int:
     """Print what comes until the End comes, and return the exit status. Raises OSError."""
     while (end := await print_batch(backlog)) is None:
-        await asyncio.sleep(0.005)  # long enough to collect a burst, too short for all of PREFETCH
+        await asyncio.sleep(0.006)  # long enough to collect a burst, too short for all of PREFETCH
     return end
 
 
