@@ -57,6 +57,8 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
         # would lose their registration, and then rabbitmqctl does not find them.
         patch.setenv("ERL_EPMD_PORT", str(get_port(None)))
         patch.setenv("HOME", str(folder))  # for Erlang's cookie
+        # Nodes that share a few cores must not spin while they wait.
+        patch.setenv("ERL_FLAGS", "+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none")
         cafile = folder / "ca.pem"
         yield Tls(port, cafile, f"amqps://localhost:{port}/?cafile={cafile}")
 

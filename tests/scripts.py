@@ -19,10 +19,14 @@ EMIT_LOG = ROOT / "emit_log.py"
 RECEIVE_LOGS = ROOT / "receive_logs.py"
 SCRIPTS = pytest.mark.parametrize("script", [EMIT_LOG, RECEIVE_LOGS], ids=lambda path: path.stem)
 WAITING = " [*] Waiting for logs. To exit press CTRL+C\n"
-LOST = (
-    "receive_logs.py: lost the queue and the logs in it; more are missed until the next Waiting\n"
-)
+LOST = "receive_logs.py: subscription lost: logs are missed from here to the next Waiting"
 NOBODY = "emit_log.py: no receiver is listening: the broker discarded the message\n"
+# For a script that gives up after a quarter of the time.
+IMPATIENCE = """
+import asyncio
+real = asyncio.wait_for
+asyncio.wait_for = lambda fut, timeout: real(fut, timeout and timeout / 4)
+"""
 
 T = TypeVar("T")
 
@@ -96,7 +100,12 @@ class Pair:
     running: ExitStack
 
     def start(
-        self, script: Path, *arguments: str | bytes, stdout: int | None = None, **variables: str
+        self,
+        script: Path,
+        *arguments: str | bytes,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        **variables: str,
     ) -> Script:
         """Start a script. It is killed with the ExitStack."""
         number = len(list(self.folder.iterdir()))
@@ -106,22 +115,20 @@ class Pair:
                 [sys.executable, script, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out if stdout is None else stdout,
-                stderr=err,
+                stderr=err if stderr is None else stderr,
                 env=user_environment(**{"AMQP_URL": self.url} | variables),
             )
         self.running.enter_context(process)
         self.running.callback(process.kill)
         return Script(process, out_path, err_path)
 
-    def receive(
-        self, *arguments: str | bytes, stdout: int | None = None, **variables: str
-    ) -> Script:
+    def receive(self, *arguments: str | bytes, **options: Any) -> Script:
         """Start a receiver and wait until it is subscribed."""
-        return self.start(RECEIVE_LOGS, *arguments, stdout=stdout, **variables).waiting()
+        return self.start(RECEIVE_LOGS, *arguments, **options).waiting()
 
-    def emit(self, *arguments: str | bytes, stdout: int | None = None, **variables: str) -> Script:
+    def emit(self, *arguments: str | bytes, **options: Any) -> Script:
         """Run the emitter to its end."""
-        script = self.start(EMIT_LOG, *arguments, stdout=stdout, **variables)
+        script = self.start(EMIT_LOG, *arguments, **options)
         script.ended()
         return script
 

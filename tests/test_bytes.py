@@ -17,7 +17,7 @@ LINES = [
     (b"two\n\n", "two\n     "),
     (b"Traceback:\n\tin f\n [x] forged", "Traceback:\n     \tin f\n      [x] forged"),
     (b"System.Exception\r\n   at Main()\r\n", "System.Exception\n        at Main()"),
-    (b"progress\rdone\n\r", r"progress\rdone" + "\n     " + r"\r"),
+    (b"progress\rdone\n\r", "progress\n     done\n     "),
     (b"\x1b[2J\x1b]0;title\x07\x00\x7f", r"\x1b[2J\x1b]0;title\x07\x00\x7f"),
     (b"\xff\xfe\xc3 \\udcff 'single' \"double\"", r"\xff\xfe\xc3 \udcff 'single' " + '"double"'),
     ("UTF-16".encode("utf-16-le"), r"U\x00T\x00F\x00-\x001\x006\x00"),
@@ -51,13 +51,18 @@ def test_what_stdout_cannot_encode_is_escaped(pair: Pair) -> None:
     receiver.assert_prints(b" [x] 10 \\u20ac \\xff\n")
 
 
-@pytest.mark.parametrize("piece", [b"\xff", b"\n", os.urandom(2**16)], ids=["ff", "n", "random"])
+@pytest.mark.parametrize("piece", [b"\xff", b"\n", b"ab\n"], ids=str)
 def test_one_message_cannot_fill_the_memory(pair: Pair, piece: bytes) -> None:
     receiver = pair.receive()
-    idle = receiver.peak_memory()
     pair.publish(piece * (2**24 // len(piece)), b"after it")
-    eventually(lambda: receiver.out[-15:].endswith(b" [x] after it\n"))
-    assert receiver.peak_memory() < idle + 7 * 16
+
+    def last_line() -> bytes:
+        with receiver.out_path.open("rb") as out:
+            out.seek(max(0, out.seek(0, os.SEEK_END) - 14))
+            return out.read()
+
+    eventually(lambda: last_line() == b" [x] after it\n")
+    assert receiver.peak_memory() < 600
 
 
 def test_random_bytes_are_printed_once_in_order_and_harmless(pair: Pair) -> None:
@@ -84,7 +89,7 @@ def test_random_bytes_are_printed_once_in_order_and_harmless(pair: Pair) -> None
         for body in [*numbered, last]:
             number = body.partition(b":")[0].decode()
             assert lines.pop(0).startswith(f" [x] {number}:")
-            for _ in range(body.replace(b"\r\n", b"\n").removesuffix(b"\n").count(b"\n")):
+            for _ in body.splitlines()[1:]:
                 assert lines.pop(0).startswith("     ")
         assert lines == []
 

@@ -9,12 +9,11 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.frame import Method
 from pika.spec import Connection
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
-from scripts import EMIT_LOG, RECEIVE_LOGS, SCRIPTS, Pair, Script
+from scripts import EMIT_LOG, IMPATIENCE, RECEIVE_LOGS, SCRIPTS, Pair, Script
 from servers import Tls, fake_server
 
-FORM = ": the URL has to look like amqp://user:password@host:port/vhost\n"
-NO_BROKER = ": cannot connect. Is RabbitMQ running there?\n"
-HUNG_UP = ": the server hung up\n"
+FORM = "--url: it (or AMQP_URL) must look like amqp://user:password@host:port/vhost\n"
+HUNG_UP = "Server connection "
 START = Method(0, Connection.Start(server_properties={}, mechanisms="PLAIN")).marshal()
 CAPABILITIES = {"capabilities": {"publisher_confirms": True}}
 START_AS_RABBITMQ = Method(0, Connection.Start(server_properties=CAPABILITIES)).marshal()
@@ -34,7 +33,6 @@ def plain_line(script: Script) -> str:
     assert line.removesuffix("\n").isprintable()
     # Neither the password nor a traceback, nor an object of Python's.
     assert not re.search(r"secret|Traceback|<|None", line), line
-    assert "may or may not" not in line  # in none of these tests, the publish has begun
     return line
 
 
@@ -42,24 +40,28 @@ def plain_line(script: Script) -> str:
 @pytest.mark.parametrize(
     ("address", "told"),
     [
-        ("amqp://guest:secret@localhost:1/", ": localhost:1/" + NO_BROKER),
-        ("amqp://guest:secret@no-such-host.invalid/", ": no-such-host.invalid/: AMQPConnectionErr"),
+        ("amqp://guest:secret@localhost:1/", r" localhost:1/: .*\. Is RabbitMQ running there\?\n"),
+        ("amqp://guest:secret@no-such-host.invalid/", r" no-such-host.invalid/: \[Errno -?\d+\]"),
         (
             "amqp://guest:secret@localhost:{port}/",
-            "{port}/: ProbableAuthenticationError: ACCESS_RE",
+            "{port}/: ACCESS_REFUSED - .* .guest can usual",
         ),
         ("amqp://guest:guest@localhost:{port}/no-such-vhost", "/no-such-vhost: no such vhost, or "),
-        ("amqps://guest:secret@localhost:{port}/?cafile=/no/file", "FileNotFoundError: [Errno 2] "),
-        ("amqps://guest:guest@127.0.0.1:{tls_port}/?cafile={cafile}", "IP address mismatch"),
-        ("amqp://guest:secret@localhost:{tls_port}/", ": localhost:{tls_port}/" + HUNG_UP),
+        ("amqps://guest:secret@localhost/?cafile=/no/file", r"FileNotFoundError: \[Errno 2\] "),
+        (
+            "amqps://guest:guest@127.0.0.1:{tls_port}/?cafile={cafile}",
+            "IP address mismatch",
+        ),
+        ("amqp://guest:secret@localhost:{tls_port}/", " localhost:{tls_port}/: " + HUNG_UP),
     ],
+    ids=["no broker", "no host", "login", "vhost", "cafile", "certificate", "TLS"],
 )
 def test_a_broker_that_cannot_be_used_is_told_with_its_address(
     pair: Pair, tls: Tls, script: Path, address: str, told: str
 ) -> None:
     known = {"port": pair.url.split(":")[-1][:-1], "tls_port": tls.port, "cafile": tls.cafile}
     line = plain_line(pair.start(script, "--url", address.format(**known)))
-    assert told.format(**known) in line
+    assert re.search(told.format(**known), line)
 
 
 @SCRIPTS
@@ -67,13 +69,17 @@ def test_a_url_of_another_form_is_told_without_a_word_of_it(pair: Pair, script: 
     wrong = [
         "http://guest:secret@localhost:5672/",
         "guest:secret@localhost",  # for a parser of URLs, "guest" is the scheme
-        "amqp://guest:secret@/",  # aiormq would go to localhost
-        "amqp://guest:12/secret@localhost/",
+        "amqp://guest:secret@/x",  # aiormq would go to localhost
+        "amqp://?x=secret",
+        "amqp://guest:pa/secret@localhost/",
         "amqp://guest:secret@localhost:99999/",
         "amqp://guest:secret\u2100@localhost/",  # for Python's URL parser, a "/"
     ]
-    for started in [pair.start(script, "--url", address) for address in wrong]:
-        assert plain_line(started) == script.name + FORM
+    started = [pair.start(script, "--url", address) for address in wrong]
+    for refused in [*started, pair.start(script, AMQP_URL="amqp://guest:secret@")]:
+        assert refused.ended() == 2
+        assert refused.err.endswith(f"\n{script.name}: error: argument {FORM}")
+        assert "secret" not in refused.err
 
 
 @SCRIPTS
@@ -90,7 +96,7 @@ def test_a_key_log_that_cannot_be_written_is_told_by_its_name(
     [
         ([b"HTTP/1.1 400 Bad Request\r\n\r\n"], HUNG_UP),
         ([START, TUNE], HUNG_UP),
-        ([START, CLOSE], r": ConnectionClosed: [Errno 320] \x1b[2J"),
+        ([START, CLOSE], r": [Errno 320] \x1b[2J\ngone\r" + "\n"),
         ([START, TUNE, OPEN_OK], ": KeyError: 'capabilities'\n"),  # as any that nobody foresaw
     ],
     ids=["speaks HTTP", "tunes", "closes", "is incapable"],
@@ -104,11 +110,7 @@ def test_a_server_that_is_not_rabbitmq_gives_one_line(
 
 def test_a_server_that_is_silent_at_any_moment_is_given_up(pair: Pair) -> None:
     opened = [START_AS_RABBITMQ, TUNE, OPEN_OK]
-    path = pair.python_path(  # for scripts whose limit is a second
-        sitecustomize="import asyncio\n"
-        "real = asyncio.timeout\n"
-        "asyncio.timeout = lambda seconds: real(seconds / 10)\n"
-    )
+    path = pair.python_path(sitecustomize=IMPATIENCE)
     with ExitStack() as servers:
         started = [
             pair.start(script, "--url", servers.enter_context(server), PYTHONPATH=path)
@@ -117,7 +119,26 @@ def test_a_server_that_is_silent_at_any_moment_is_given_up(pair: Pair) -> None:
             for server in [fake_server(*answers, b"")]
         ]
         for script in started:
-            assert plain_line(script).endswith(": no answer within 10 s\n")
+            assert ": no answer within 10 s" in plain_line(script)
+
+
+@SCRIPTS
+def test_the_development_mode_shows_where_an_error_that_nobody_foresaw_was_raised(
+    pair: Pair, script: Path
+) -> None:
+    with fake_server(START, TUNE, OPEN_OK) as address:
+        started = pair.start(script, "--url", address, PYTHONDEVMODE="1")
+        assert started.ended() == 1
+    assert "Traceback" in started.err
+    assert started.err.endswith("KeyError: 'capabilities'\n")
+
+
+def test_a_mistake_in_the_receiver_ends_it_with_a_traceback(pair: Pair) -> None:
+    path = pair.python_path(sitecustomize="import asyncio\nasyncio.gather = None")
+    receiver = pair.start(RECEIVE_LOGS, PYTHONPATH=path)
+    assert receiver.ended() == 1
+    assert "Traceback" in receiver.err
+    assert "\nTypeError: 'NoneType' object is not callable\n" in receiver.err
 
 
 def test_a_message_that_a_queue_rejects_is_told(

@@ -69,7 +69,7 @@ def test_kombu_is_shown_if_its_exchange_is_not_durable(
     receiver.assert_prints(b" [x] from kombu\n")
 
 
-def test_a_durable_exchange_is_told_and_another_vhost_is_the_way_out(
+def test_a_durable_exchange_is_told_and_can_be_joined_or_avoided_in_another_vhost(
     pair: Pair, broker: RabbitMqExecutor, channel: BlockingChannel
 ) -> None:
     channel.exchange_delete("logs")
@@ -79,6 +79,13 @@ def test_a_durable_exchange_is_told_and_another_vhost_is_the_way_out(
         for refused in pair.start(EMIT_LOG), pair.start(RECEIVE_LOGS):
             assert refused.ended() == 1
             assert refused.err.endswith("vhost '/': received 'false' but current is 'true'\n")
+        declares = 'declare_exchange("logs", ExchangeType.FANOUT'
+        for script in EMIT_LOG, RECEIVE_LOGS:
+            text = script.read_text().replace(declares, f"{declares}, durable=True")
+            (pair.folder / script.name).write_text(text)
+        receiver = pair.start(pair.folder / RECEIVE_LOGS.name).waiting()
+        assert pair.start(pair.folder / EMIT_LOG.name, "durable").ended() == 0
+        receiver.assert_prints(b" [x] durable\n")
         broker.rabbitctl_output("add_vhost", "tutorial")
         broker.rabbitctl_output("set_permissions", "-p", "tutorial", "guest", ".*", ".*", ".*")
         receiver = pair.receive(AMQP_URL=pair.url + "tutorial")
