@@ -23,6 +23,7 @@ from scripts import EMIT_LOG, RECEIVE_LOGS, Pair
 
 SERVER = Path("/usr/lib/rabbitmq/bin")
 OURS = "ours"
+STACK_TRACE = b"java.lang.IllegalStateException: no\n" + b"\tat org.example.Log.write(Log)\n" * 60
 # Receive as aio-pika's tutorial does: acknowledge one message after the other.
 ONE_AT_A_TIME = """
 import asyncio, os, sys, aio_pika
@@ -59,7 +60,7 @@ def emitting(pair: Pair, rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def receiving(pair: Pair, rounds: int, count: int, size: int) -> dict[str, list[float]]:
+def receiving(pair: Pair, rounds: int, count: int, body: bytes) -> dict[str, list[float]]:
     """Measure CPU time and time of a message into a pipe, in microseconds."""
     (reference := pair.folder / "one_at_a_time.py").write_text(ONE_AT_A_TIME)
     figures: dict[str, list[float]] = {}
@@ -70,12 +71,12 @@ def receiving(pair: Pair, rounds: int, count: int, size: int) -> dict[str, list[
             os.close(writing)
             process = psutil.Process(receiver.process.pid)
             receiver.process.send_signal(signal.SIGSTOP)
-            pair.publish(*[b"%0*d" % (size, number) for number in range(count)])
+            pair.publish(*[body] * count)
             before = process.cpu_times()
             begin = time.perf_counter()
             receiver.process.send_signal(signal.SIGCONT)
             lines = 0
-            while lines < count:
+            while lines < count * len(body.splitlines()):
                 lines += os.read(reading, 2**20).count(b"\n")
             took = time.perf_counter() - begin
             cpu = sum(process.cpu_times()[:2]) - sum(before[:2])
@@ -108,14 +109,15 @@ def main() -> None:
         pair = Pair(running.enter_context(private_node(folder)), output, running)
         measured = {
             "emit, s": emitting(pair, 4 * args.rounds),
-            "20 bytes, us": receiving(pair, args.rounds, args.count, 20),
-            "1 KiB, us": receiving(pair, args.rounds, args.count, 1024),
+            "20 bytes, us": receiving(pair, args.rounds, args.count, b"x" * 20),
+            "1 KiB, us": receiving(pair, args.rounds, args.count, b"x" * 1024),
+            "stack trace, us": receiving(pair, args.rounds, args.count, STACK_TRACE),
         }
         for what, figures in measured.items():
             medians = {name: statistics.median(values) for name, values in figures.items()}
             for number, (name, value) in enumerate(medians.items()):
                 ours = list(medians.values())[number % (len(medians) // 2)]
-                print(f"{what:14} {name:26} {value:10.3f} {value / ours:6.2f}")
+                print(f"{what:16} {name:26} {value:10.3f} {value / ours:6.2f}")
     print("Python", platform.python_version(), "aio-pika", version("aio-pika"))
 
 
