@@ -3,8 +3,8 @@
   python emit_log.py "disk almost full"
 
 An empty message becomes "Hello World!". Exit status: 0 if the broker has confirmed the message,
-even if nobody was there to receive it; 1 if it has not (a line on stderr says why): perhaps it was
-sent all the same; 2 usage. CTRL+C ends it at once, without a word.
+even if nobody was there to receive it; 1 if it has not, and a line on stderr says why (the message
+may have been sent even so); 2 usage. CTRL+C ends it at once, without a word.
 Needs Python 3.11 and aio-pika 10.2, or newer.
 """
 
@@ -26,7 +26,7 @@ from aio_pika.abc import AbstractConnection
 
 URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost/"
 TIMEOUT = 10  # seconds to connect, and again to publish
-# Control characters could clear the screen, for example: \x1b is printed for an escape.
+# Control characters could clear the screen, for example, so they are printed as \x1b and so on.
 ESCAPES = {code: repr(chr(code))[1:-1] for code in [*range(0x20), *range(0x7F, 0xA0)]}
 
 
@@ -42,12 +42,12 @@ async def emit_log(url: str, body: bytes) -> bool:
 
 async def publish(connection: AbstractConnection, body: bytes) -> bool:
     """Publish a message. Return whether a queue was bound. Raises if it is not confirmed."""
-    channel = await connection.channel(on_return_raises=True)
+    channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
     # Both scripts declare the exchange, so that either can start first.
     logs_exchange = await channel.declare_exchange("logs", ExchangeType.FANOUT)
-    try:  # publish() waits for the broker's confirm
+    try:  # this waits for the broker's confirm
         await logs_exchange.publish(Message(body), routing_key="", mandatory=True)
-    except exceptions.PublishError:  # mandatory: it comes back if no queue is bound
+    except exceptions.PublishError:  # it came back, as it is mandatory: no queue is bound
         return False
     return True
 
@@ -56,7 +56,7 @@ async def main(url: str, body: bytes) -> int:
     """Emit the message, say what became of it, and return the exit status."""
     try:
         routed = await emit_log(url, body)
-    except (Exception, asyncio.CancelledError) as error:  # aiormq cancels us if it loses the broker
+    except (Exception, asyncio.CancelledError) as error:  # aiormq raises CancelledError, too
         broker = url.rpartition("@")[2]  # without user and password
         complain(f"not confirmed by {broker}: {explain(error)}")
         return 1

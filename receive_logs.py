@@ -43,7 +43,7 @@ async def receive_until_lost(url: str, backlog: Backlog) -> None:
     try:
         reasons = await asyncio.wait_for(subscribe(connection, backlog), TIMEOUT)
         await backlog.put(WAITING)
-        reason = await reasons.get() or "the broker fell silent"  # aiormq has no words for that
+        reason = await reasons.get() or "the broker fell silent"  # CancelledError has no words
         await backlog.put(f"{LOST} ({reason})")
     finally:
         # close() can hang or fail: wait() gives it a second, and does not raise its error.
@@ -51,7 +51,7 @@ async def receive_until_lost(url: str, backlog: Backlog) -> None:
 
 
 async def subscribe(connection: AbstractConnection, backlog: Backlog) -> asyncio.Queue[str]:
-    """Let the logs come into the backlog. Return where the reasons will come if they stop."""
+    """Let the logs flow into the backlog. Return a queue that gets a reason when they stop."""
     reasons = asyncio.Queue[str]()
     channel = await connection.channel()
     channel.close_callbacks.add(lambda _, error: reasons.put_nowait(str(error)))
@@ -70,8 +70,8 @@ async def subscribe(connection: AbstractConnection, backlog: Backlog) -> asyncio
 
 async def error_of(attempt: Awaitable[None]) -> BaseException | None:
     """Wait for the end of the attempt. Return its error, or None."""
-    # aiormq raises CancelledError by itself if the broker falls silent. gather returns that one as
-    # any other error. But it raises the one with which main cancels us.
+    # If the broker falls silent, aiormq raises CancelledError, although nobody has cancelled us.
+    # gather returns that, like any other error. If main cancels us, gather raises it here.
     [error] = await asyncio.gather(attempt, return_exceptions=True)
     return error
 
@@ -107,7 +107,7 @@ async def print_logs(backlog: Backlog) -> None:
 
 
 async def acknowledge(last: DeliveredMessage) -> None:
-    """Let the broker send more. (It never sends a log again: the queue dies with us.)"""
+    """Let the broker send more. (That is all: no log is sent again, its queue dies with us.)"""
     assert last.delivery_tag  # for the type checker
     with suppress(Exception):  # the channel may be lost, and its messages with it
         await last.channel.basic_ack(last.delivery_tag, multiple=True, wait=False)
