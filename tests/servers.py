@@ -27,15 +27,13 @@ class Relay(threading.Thread):
     """Passes on what a script and the broker say, one connection after the other.
 
     The nth of `cuts` is the number of bytes that the broker may say on the nth connection.
-    Then the relay hangs up, so that the script sees the last byte and the end in the same
-    moment; or, if it is silent, it keeps the connection and passes on nothing more.
+    Then the relay hangs up, so that the script sees the last byte and the end at once.
     """
 
-    def __init__(self, port: int, *cuts: int, silent: bool = False) -> None:
+    def __init__(self, port: int, *cuts: int) -> None:
         super().__init__(daemon=True)
         self.port = port
         self.cuts = list(cuts)
-        self.silent = silent
         self.said: list[bytes] = []
         self.script: subprocess.Popen[bytes] | None = None
         self.gone = False
@@ -75,7 +73,7 @@ class Relay(threading.Thread):
                     continue
                 words = words[: cut - len(self.said[-1])]
                 self.said[-1] += words
-                if len(self.said[-1]) == cut and not self.silent:
+                if len(self.said[-1]) == cut:
                     self.say_and_hang_up(client, words)
                 else:
                     client.sendall(words)

@@ -42,16 +42,10 @@ def plain_line(script: Script) -> str:
     [
         ("amqp://guest:secret@localhost:1/", r" localhost:1/: .*\. Is RabbitMQ running there\?\n"),
         ("amqp://guest:secret@no-such-host.invalid/", r" no-such-host.invalid/: \[Errno -?\d+\]"),
-        (
-            "amqp://guest:secret@localhost:{port}/",
-            "{port}/: ACCESS_REFUSED - .* .guest can usual",
-        ),
+        ("amqp://guest:secret@localhost:{port}/", "{port}/: ACCESS_REFUSED - .* .guest can usual"),
         ("amqp://guest:guest@localhost:{port}/no-such-vhost", "/no-such-vhost: no such vhost, or "),
         ("amqps://guest:secret@localhost/?cafile=/no/file", r"FileNotFoundError: \[Errno 2\] "),
-        (
-            "amqps://guest:guest@127.0.0.1:{tls_port}/?cafile={cafile}",
-            "IP address mismatch",
-        ),
+        ("amqps://guest:guest@127.0.0.1:{tls_port}/?cafile={cafile}", "IP address mismatch"),
         ("amqp://guest:secret@localhost:{tls_port}/", " localhost:{tls_port}/: " + HUNG_UP),
     ],
     ids=["no broker", "no host", "login", "vhost", "cafile", "certificate", "TLS"],
@@ -80,14 +74,6 @@ def test_a_url_of_another_form_is_told_without_a_word_of_it(pair: Pair, script: 
         assert refused.ended() == 2
         assert refused.err.endswith(f"\n{script.name}: error: argument {FORM}")
         assert "secret" not in refused.err
-
-
-@SCRIPTS
-def test_a_key_log_that_cannot_be_written_is_told_by_its_name(
-    pair: Pair, tls: Tls, script: Path
-) -> None:
-    started = pair.start(script, "--url", tls.url, SSLKEYLOGFILE="/no/key.log")
-    assert plain_line(started).endswith("No such file or directory: '/no/key.log'\n")
 
 
 @SCRIPTS

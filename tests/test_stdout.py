@@ -15,14 +15,7 @@ import pytest
 from pika.frame import Method
 from pika.spec import Connection
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
-from scripts import (
-    EMIT_LOG,
-    RECEIVE_LOGS,
-    WAITING,
-    Pair,
-    Script,
-    eventually,
-)
+from scripts import EMIT_LOG, RECEIVE_LOGS, WAITING, Pair, Script, eventually
 from servers import Relay, Tls, signal_node
 
 # For a script that waits not a second, but a minute: a busy machine may need more than a second.

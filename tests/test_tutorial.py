@@ -122,14 +122,6 @@ def test_the_rights_in_the_readme_are_enough(pair: Pair, broker: RabbitMqExecuto
 
 
 @SCRIPTS
-def test_the_help_fits_a_screen_and_has_an_example(script: Path) -> None:
-    command = [sys.executable, str(script), "--help"]
-    page = subprocess.check_output(command, env=user_environment(COLUMNS="80"), text=True)
-    assert len(page.splitlines()) <= 24
-    assert f"\n  python {script.name}" in page
-
-
-@SCRIPTS
 def test_an_empty_variable_means_the_default(script: Path) -> None:
     command = [sys.executable, "-c", f"from {script.stem} import URL; print(URL)"]
     environment = user_environment(AMQP_URL="")
