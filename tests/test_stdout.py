@@ -49,7 +49,6 @@ def stall(pair: Pair, pipe: int) -> bytes:
     """
     body = b"x" * 1_000_000
     pair.publish(body)
-
     eventually(lambda: unread(pipe))
     return b" [x] %s\n" % body
 

@@ -73,8 +73,7 @@ def test_a_durable_exchange_is_told_and_can_be_joined_or_avoided_in_another_vhos
     pair: Pair, broker: RabbitMqExecutor, channel: BlockingChannel
 ) -> None:
     channel.exchange_delete("logs")
-    with kombu.Connection(pair.url) as connection:
-        kombu.Exchange("logs", type="fanout")(connection.default_channel).declare()
+    channel.exchange_declare("logs", "fanout", durable=True)
     try:
         for refused in pair.start(EMIT_LOG), pair.start(RECEIVE_LOGS):
             assert refused.ended() == 1
