@@ -103,6 +103,7 @@ async def print_logs(backlog: Backlog) -> None:
             await acknowledge(messages[-1])  # and with it those before it
         if None in batch:
             return
+        del batch, messages  # they can be large: let go of them before more come
         await asyncio.sleep(PAUSE)
 
 
@@ -139,8 +140,7 @@ ESCAPES |= {0xDC00 + byte: f"\\x{byte:x}" for byte in range(0x80, 0x100)}
 
 
 def escape(line: str) -> str:
-    """Return the line as it can be printed."""
-    # A fast way for nearly every line, also of a stack trace, which begins with a tab.
+    """Return the line as it can be printed. Nearly every line needs no change, but for its tabs."""
     return line if line.strip("\t").isprintable() else line.translate(ESCAPES)
 
 
