@@ -133,7 +133,7 @@ def test_undecodable_messages_make_a_receiver_subscribe_again_once_a_second_at_m
         pair.publish(b"undecodable", properties=year_10000)
     assert len(relay.said) <= 2 + time.monotonic() - begun
     lines = set(receiver.err.splitlines(keepends=True)) - {WAITING}
-    assert re.fullmatch(rf"{LOST} \(.*year \d+ is out of range\)\n", lines.pop())
+    assert re.fullmatch(rf"{LOST} \(.*year .*\)\n", lines.pop())
     assert not lines
     assert the_only(broker, "consumers") == "1"  # no other queue is left
 
