@@ -58,7 +58,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
         patch.setenv("ERL_EPMD_PORT", str(get_port(None)))
         patch.setenv("HOME", str(folder))  # for Erlang's cookie
         # Nodes that share a few cores must not spin while they wait.
-        patch.setenv("ERL_FLAGS", "+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none")
+        patch.setenv("ERL_FLAGS", "+sbwt none +sbwtdcpu none +sbwtdio none")
         cafile = folder / "ca.pem"
         yield Tls(port, cafile, f"amqps://localhost:{port}/?cafile={cafile}")
 

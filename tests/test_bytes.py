@@ -51,7 +51,7 @@ def test_what_stdout_cannot_encode_is_escaped(pair: Pair) -> None:
     receiver.assert_prints(b" [x] 10 \\u20ac \\xff\n")
 
 
-@pytest.mark.parametrize("piece", [b"\xff", b"\n", b"ab\n"], ids=str)
+@pytest.mark.parametrize("piece", [b"\xff", b"ab\n"], ids=str)
 def test_one_message_cannot_fill_the_memory(pair: Pair, piece: bytes) -> None:
     receiver = pair.receive()
     pair.publish(piece * (2**24 // len(piece)), b"after it")

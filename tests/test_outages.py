@@ -198,7 +198,7 @@ def test_an_emit_that_is_cut_short_is_either_confirmed_or_told(
     pair.emit("moment 0.", "--url", whole.url)
     ends = frame_ends(whole.said[0])
     emitters = []
-    for cut in sorted([*ends, *(end - 5 for end in ends)]):
+    for cut in sorted([*ends, *(end - 5 for end in ends[-4:])]):
         relay = Relay(broker.port, cut)
         emitter = pair.start(EMIT_LOG, f"moment {cut}.", "--url", relay.url)
         relay.script = emitter.process

@@ -59,7 +59,7 @@ def test_a_long_pause_of_stdout_loses_nothing(pair: Pair, stalled: tuple[Script,
     terminal = pair.terminal(pair.url + "?heartbeat=2")
     terminal.sendcontrol("s")
 
-    lines = [b" [x] %-100d" % number for number in range(8_000)]
+    lines = [b" [x] %-100d" % number for number in range(4_000)]
     pair.publish(*[line.removeprefix(b" [x] ") for line in lines])
     # Three heartbeats: the broker gives up on a connection after two.
     assert terminal.expect([r"\d", pexpect.TIMEOUT], timeout=3 * 2) == 1
