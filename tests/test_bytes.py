@@ -45,10 +45,10 @@ def test_a_body_becomes_harmless_lines(pair: Pair) -> None:
 
 def test_what_stdout_cannot_encode_is_escaped(pair: Pair) -> None:
     receiver = pair.receive(PYTHONIOENCODING="cp437")
-    emitter = pair.emit("10 \u20ac", b"\xff", PYTHONIOENCODING="cp437")
+    emitter = pair.emit("10 \u20ac", b"\xff", "\x1b\n", PYTHONIOENCODING="cp437")
     assert emitter.ended() == 0
-    assert emitter.out == b" [x] Sent 10 \\u20ac \\xff\n"
-    receiver.assert_prints(b" [x] 10 \\u20ac \\xff\n")
+    assert emitter.out == rb" [x] Sent 10 \u20ac \xff \x1b\n" + b"\n"
+    receiver.assert_prints(rb" [x] 10 \u20ac \xff \x1b" + b"\n")
 
 
 @pytest.mark.parametrize("piece", [b"\xff", b"ab\n"], ids=str)
