@@ -20,6 +20,7 @@ import psutil
 from port_for import get_port
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 from scripts import EMIT_LOG, RECEIVE_LOGS, Pair
+from servers import node_environment
 
 SERVER = Path("/usr/lib/rabbitmq/bin")
 OURS = "ours"
@@ -90,7 +91,7 @@ def receiving(pair: Pair, rounds: int, count: int, body: bytes) -> dict[str, lis
 @contextmanager
 def private_node(folder: Path) -> Iterator[str]:
     """Run a RabbitMQ node as the tests do, and give its URL."""
-    os.environ |= {"HOME": str(folder), "ERL_EPMD_PORT": str(get_port(None))}
+    os.environ |= node_environment(folder)
     server, control = f"{SERVER}/rabbitmq-server", f"{SERVER}/rabbitmqctl"
     ports = get_port(None) or 0, get_port(None) or 0
     with RabbitMqExecutor(server, "127.0.0.1", *ports, control, folder, folder, folder) as node:

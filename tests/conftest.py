@@ -18,7 +18,7 @@ from pika.exceptions import AMQPError
 from port_for import get_port
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 from scripts import Pair, Script
-from servers import Tls, signal_node
+from servers import Tls, node_environment, signal_node
 
 # Started from a background job, this process ignores SIGINT, and so would what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,11 +52,8 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
         "max_message_size = 134217728\n"  # RabbitMQ 4 allows only 16 MiB if it is not told
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RABBITMQ_CONFIG_FILE", str(folder / "rabbitmq.conf"))
-        # A stopped node takes the epmd that it has started with it. Nodes that share one
-        # would lose their registration, and then rabbitmqctl does not find them.
-        patch.setenv("ERL_EPMD_PORT", str(get_port(None)))
-        patch.setenv("HOME", str(folder))  # for Erlang's cookie
+        for name, value in node_environment(folder).items():
+            patch.setenv(name, value)
         # Nodes that share a few cores must not spin while they wait.
         patch.setenv("ERL_FLAGS", "+sbwt none +sbwtdcpu none +sbwtdio none")
         cafile = folder / "ca.pem"

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from port_for import get_port
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 
 
@@ -98,6 +99,20 @@ def frame_ends(talk: bytes) -> list[int]:
         end += 7 + int.from_bytes(talk[end + 3 : end + 7], "big") + 1
         ends.append(end)
     return ends
+
+
+def node_environment(folder: Path) -> dict[str, str]:
+    """Return what a node of our own needs so that it shares nothing with other nodes."""
+    return {
+        "HOME": str(folder),  # for Erlang's cookie
+        # A stopped node takes the epmd that it has started with it. Nodes that share one
+        # would lose their registration, and then rabbitmqctl does not find them.
+        "ERL_EPMD_PORT": str(get_port(None)),
+        # An installed broker's files, in /etc/rabbitmq, are not for this node.
+        "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+        "RABBITMQ_CONFIG_FILES": str(folder / "conf.d"),
+        "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "advanced.config"),
+    }
 
 
 def signal_node(broker: RabbitMqExecutor, number: signal.Signals) -> None:
