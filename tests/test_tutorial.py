@@ -109,15 +109,18 @@ def test_tls_with_a_private_authority_works(pair: Pair, tls: Tls) -> None:
 
 
 def test_the_rights_in_the_readme_are_enough(pair: Pair, broker: RabbitMqExecutor) -> None:
-    rights = re.findall(r"`'(\S+)' '(\S+)' '(\S+)'`", (ROOT / "README.md").read_text())
-    emitter, receiver = (pair.url.replace("//", f"//{user}:secret@") for user in ("emits", "reads"))
     pair.emit("the exchange is declared, whoever comes first")
-    for user, patterns in zip(("emits", "reads"), rights, strict=True):
+    rights = re.findall(r"'(\^\S+)' '(\S+)' '(\S+)'", (ROOT / "README.md").read_text())
+    users = ["both", "emits", "reads"]
+    for user, patterns in zip(users, rights, strict=True):
         broker.rabbitctl_output("add_user", user, "secret")
         broker.rabbitctl_output("set_permissions", user, *patterns)
-    reading = pair.receive("--url", receiver)
-    assert pair.emit("with few rights", "--url", emitter).ended() == 0
-    reading.assert_prints(b" [x] with few rights\n")
+    both, emitter, receiver = (pair.url.replace("//", f"//{user}:secret@") for user in users)
+    receivers = [pair.receive("--url", url) for url in (both, receiver)]
+    for url in (both, emitter):
+        assert pair.emit("with few rights", "--url", url).ended() == 0
+    for reading in receivers:
+        reading.assert_prints(b" [x] with few rights\n" * 2)
 
 
 @SCRIPTS
